@@ -1,0 +1,75 @@
+"""``Bound``: a HookFunction registered on one model, with everything that can be decided before it fires."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from flex_model.core.hook_function import EditCall, HookFunction, HookType, Site
+from flex_model.routing.delivery import Deliver
+from flex_model.routing.selection import Selection
+
+__all__ = ["Bound", "Sink"]
+
+
+class Sink(Protocol):
+    """Where captured values end up."""
+
+    def put(self, key: str | Site, value: Any) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Bound:
+    """One registered hook. ``side`` is where it sits on the module: its input, its output, or a parameter."""
+
+    hook: HookFunction
+    hook_type: HookType
+    name: str  # clean
+    key: str | Site
+    module: nn.Module
+    sink: Sink | None = None
+    gradient_sink: Sink | None = None
+    edit: EditCall | None = None
+    wants_call: bool = False
+    deliver: Deliver = "main"
+    attached: bool = False
+    selection: Selection | None = None
+    override: tuple[Any, ...] = ()
+    axes: tuple[int, ...] | None = None
+    enabled: bool = True
+    temporary: bool = False  # of capture and edit: the choice of groups does not apply
+    fired: int = 0
+    handles: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def is_gradient(self) -> bool:
+        return self.hook_type in ("full_backward", "full_backward_pre", "tensor")
+
+    @property
+    def side(self) -> str:
+        return {"forward": "out", "full_backward_pre": "out", "tensor": "param"}.get(self.hook_type, "in")
+
+    def site(self, index: int) -> Site:
+        return Site(self.name, self.hook_type, index)
+
+    def key_of(self, index: int, several: bool) -> str | Site:
+        """The key of the captured tensor ``index``; of several tensors only the first has the plain name."""
+        return self.key if not several else self.site(index)
+
+    @property
+    def where(self) -> str:
+        return f"{self.name or '(the model)'} ({self.hook_type})"
+
+
+def check_expected(bound: Bound, value: Tensor | tuple[int, ...]) -> str:
+    """What is wrong with a full value under ``expected_shape``; empty if nothing."""
+    expected = bound.hook.expected_shape
+    shape = tuple(value) if isinstance(value, tuple) else tuple(value.shape)
+    if expected is None:
+        return ""
+    if len(expected) == len(shape) and all(e is None or e == s for e, s in zip(expected, shape, strict=True)):
+        return ""
+    return f"{bound.where}: expected_shape is {expected}, the full value is {shape}; correct it or leave it out."

@@ -1,0 +1,66 @@
+"""``ActiveCall``: one forward of the whole model while it runs, and what outlives it until its backward is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flex_model.core.bound import Bound
+from flex_model.core.hook_function import Call
+from flex_model.core.inference import Form
+from flex_model.layout.claim import Claim
+from flex_model.layout.layout import Layout
+from flex_model.trees import find_leaves, first_tensor
+
+__all__ = ["ActiveCall", "Staged", "in_backward"]
+
+in_backward = torch._C._current_graph_task_id  # -1 outside of a backward; a forward inside one is a recomputation
+
+
+@dataclass(slots=True)
+class Staged:
+    """A captured local value on its way, with the form whose layout says how it becomes whole."""
+
+    bound: Bound
+    key: Any
+    local: Tensor
+    form: Form | None = None
+    layout: Layout | None = None
+    gradient: bool = False
+    call: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class ActiveCall:
+    """``module`` is the outermost module of this forward: the model, or a part that was called by itself."""
+
+    module: nn.Module
+    index: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    staged: list[Staged] = field(default_factory=list)
+    claims: dict[Form, Claim] = field(default_factory=dict)
+    snapshots: dict[tuple[int, int], dict[str, object]] = field(default_factory=dict)
+    edited: bool = False
+    even_axes: frozenset[int] | None = None
+
+    def describe(self) -> Call:
+        """What an editing function sees of this call."""
+        lead = first_tensor((self.args, self.kwargs))
+        named = {leaf.path: leaf.tensor for leaf in find_leaves(self.kwargs)}
+        positions = named.get("position_ids", named.get("cache_position"))
+        cache = self.kwargs.get("past_key_values")
+        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        decoding = lead is not None and lead.dim() > 1 and lead.shape[1] == 1 and int(length) > 0
+        return Call(self.index, phase="decode" if decoding else "prefill", positions=positions)
+
+    def shapes_mark(self) -> int:
+        """A number that ranks share when all their input shapes are equal."""
+        shapes = [tuple(leaf.tensor.shape) for leaf in find_leaves((self.args, self.kwargs))]
+        return hash(tuple(shapes)) & 0x7FFF_FFFF_FFFF
+
+    def drop_inputs(self) -> None:
+        self.args, self.kwargs = (), {}

@@ -1,0 +1,134 @@
+"""``Captured``: what ``fm.capture`` yields, the full tensors of a block of code by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from flex_model.core.hook_function import Site
+from flex_model.core.names import Pattern, glob_to_regex
+from flex_model.errors import DeliveryError, NameNotFoundError
+from flex_model.routing.assembly import Parts
+
+__all__ = ["Captured"]
+
+Value = Tensor | Parts
+
+
+class _Calls:
+    """A sink: one list of values a key."""
+
+    def __init__(self) -> None:
+        self.values: dict[str | Site, list[Any]] = {}
+
+    def put(self, key: str | Site, value: Any) -> None:
+        self.values.setdefault(key, []).append(value)
+
+
+class Captured(Mapping[str | Site, Value]):
+    """Full tensors by name: ``acts[name]`` of its only call, ``acts.calls(name)`` of all, ``acts.grad(name)``.
+
+    Iterating goes over the names that were captured, in the model's order. A name whose layout was refused raises its
+    LayoutError when it is asked for; ``acts.refused`` lists them.
+    """
+
+    def __init__(self, keys: list[str | Site], elsewhere: str = "") -> None:
+        self._keys = keys
+        self._values, self._grads = _Calls(), _Calls()
+        self._elsewhere = elsewhere
+        self.refused: dict[str | Site, Exception] = {}
+
+    def _of(self, table: _Calls, key: str | Site, what: str) -> list[Value]:
+        if key in self.refused:
+            raise self.refused[key]
+        found = table.values.get(key)
+        if found:
+            return found
+        if key not in self._keys and not any(isinstance(k, Site) and k.name == key for k in table.values):
+            names = ", ".join(repr(k) for k in self._keys[:5])
+            raise NameNotFoundError(f"{key!r} was not asked for in this capture; it has {names}.")
+        if self._elsewhere:
+            raise DeliveryError(f"the {what} of {key!r} is not here: {self._elsewhere}")
+        raise DeliveryError(
+            f"the {what} of {key!r} has not arrived: the module did not run, or the block has not reached the point "
+            f"where values are delivered (the end of the forward or backward, fm.flush(), or the end of the block)."
+        )
+
+    def calls(self, key: str | Site) -> list[Value]:
+        """All captured values of ``key``, one a call."""
+        return list(self._of(self._values, key, "value"))
+
+    def __getitem__(self, key: str | Site) -> Value:
+        return _only(self._of(self._values, key, "value"), key, "calls")
+
+    def grad(self, key: str | Site) -> Value:
+        """The full gradient of the captured value; needs ``grad=True`` and a backward."""
+        return _only(self._of(self._grads, key, "gradient"), key, "grads")
+
+    def grads(self, key: str | Site) -> list[Value]:
+        """All gradients of ``key``, one a backward, in the order in which they came."""
+        return list(self._of(self._grads, key, "gradient"))
+
+    def __iter__(self) -> Iterator[str | Site]:
+        order = {k: i for i, k in enumerate(self._keys)}
+        return iter(sorted(self._values.values, key=lambda k: order.get(k, len(order))))
+
+    def __len__(self) -> int:
+        return len(self._values.values)
+
+    def stack(self, pattern: Pattern = "**") -> Tensor:
+        """The values of all names that match, stacked in the model's order: ``(matches, *value)``."""
+        chosen = [k for k in self if _matches(k, pattern)]
+        if not chosen:
+            raise NameNotFoundError(f"{pattern!r} matches no captured name.")
+        values = [self[k] for k in chosen]
+        if not all(isinstance(v, Tensor) for v in values):
+            raise DeliveryError(f"{pattern!r} matches values that make no rectangle; take their parts one by one.")
+        return torch.stack(values)  # type: ignore[arg-type]
+
+    def save(self, path: str | Path) -> Path:
+        """Write all values (and gradients) to one safetensors file; ``name``, ``name#1`` for further calls.
+
+        Names and calls are listed in its metadata. Where nothing was delivered, nothing is written.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        flat: dict[str, Tensor] = {}
+        for label, table in (("", self._values), ("grad:", self._grads)):
+            for key, values in table.values.items():
+                for i, value in enumerate(values):
+                    name = label + (key if isinstance(key, str) else ":".join(map(str, key))) + (f"#{i}" if i else "")
+                    flat.update(_named(name, value))
+        if flat:
+            names = json.dumps(list(flat))
+            save_file(flat, path, metadata={"format": "pt", "flex_model.names": names})
+        return path
+
+
+def _named(name: str, value: Value) -> dict[str, Tensor]:
+    if isinstance(value, Parts):
+        return {f"{name}@{i}": t.contiguous() for i, t in enumerate(value.tensors)}
+    if isinstance(value, DTensor):
+        value = value.to_local()
+    return {name: value.detach().contiguous().cpu().clone()}
+
+
+def _matches(key: str | Site, pattern: Pattern) -> bool:
+    name = key.name if isinstance(key, Site) else key
+    if callable(pattern):
+        return pattern(name)
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    return any(name == p or glob_to_regex(p).fullmatch(name) is not None for p in patterns)
+
+
+def _only(values: list[Value], key: str | Site, others: str) -> Value:
+    if len(values) > 1:
+        raise DeliveryError(f"{key!r} has {len(values)} calls; take them with acts.{others}({key!r}).")
+    return values[0]

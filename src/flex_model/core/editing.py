@@ -1,0 +1,200 @@
+"""Running an editing function on a value: on every rank, on one, or on the shards as they lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flex_model.core.bound import Bound, check_expected
+from flex_model.core.hook_function import Call
+from flex_model.errors import EditError, ShapeError
+from flex_model.layout.layout import Layout
+from flex_model.layout.mesh import ModelMesh
+from flex_model.routing.one_rank import OneRankRoute, tie, use_parameters
+from flex_model.routing.route import Route, gradient_scale, scale_gradient
+
+__all__ = ["EditContext", "check_answer", "run_edit", "seeded"]
+
+
+class EditContext:
+    """What editing functions get besides the value, and where their failures go."""
+
+    def __init__(self, mesh: ModelMesh, save_ctx: Any, modules: Any, seed: int) -> None:
+        self.mesh, self.save_ctx, self.modules, self.seed = mesh, save_ctx, modules, seed
+        self.check = False
+        self.even_axes: frozenset[int] = frozenset()
+        self.on_failure: Callable[[Bound, Call, BaseException], None] | None = None
+
+
+@contextmanager
+def seeded(seed: int, site: tuple[Any, ...], call: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that depend on the seed, the site and the call alone; the model's own state is untouched."""
+    mark = hashlib.blake2b(repr((seed, *site, call)).encode(), digest_size=7).digest()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(mark, "big"))
+        yield
+
+
+def run_edit(
+    bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the local value to go on with, or None for unchanged; the full value before the edit, if it was made)."""
+    run = {"every_rank": _every_rank, "one_rank": _one_rank, "sharded": _sharded}[bound.hook.run]
+    if not context.mesh.axes and bound.hook.run != "sharded":
+        run = _every_rank
+    return run(bound, context, local, layout, index, call)
+
+
+def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
+    """The editing function's answer, checked. A failure is kept for the next point all ranks pass, if there is one."""
+    try:
+        return _answer(bound, context, full, index, call)
+    except Exception as error:
+        if context.on_failure is None:
+            raise
+        context.on_failure(bound, call, error)
+        return full
+
+
+def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
+    assert bound.edit is not None
+    problem = check_expected(bound, full)
+    if problem:
+        raise ShapeError(problem)
+    selection = bound.selection
+    value = full if selection is None else selection.take(full)
+    version = None if value.is_inference() else value._version
+    site = bound.site(index)
+    generator: AbstractContextManager[Any] = nullcontext()
+    if bound.hook.random:
+        generator = seeded(context.seed, (bound.name, bound.hook_type, index), call.index, full.device)
+    before = torch.get_rng_state() if context.check and not bound.hook.random else None
+    with generator, context.modules.inside_edit():
+        out = bound.edit(bound.module, value, context.save_ctx, context.modules, site, call)
+    if before is not None and not torch.equal(before, torch.get_rng_state()):
+        raise EditError(f"{bound.where}: the editing function draws random numbers; pass random=True to the HookFunction.")
+    if out is None:
+        if version is None or value._version == version:
+            return None
+        out = value  # it was written in place
+    check_answer(bound, value, out)
+    if selection is None:
+        return out
+    return selection.put(full, out)
+
+
+def check_answer(bound: Bound, value: Tensor, out: object) -> None:
+    if not isinstance(out, Tensor):
+        raise ShapeError(f"{bound.where}: the editing function returned {type(out).__name__}; expected a tensor or None.")
+    if out.shape != value.shape:
+        raise ShapeError(
+            f"{bound.where}: the editing function returned the shape {tuple(out.shape)}, "
+            f"expected {tuple(value.shape)}; an edit must keep the shape."
+        )
+    if out.dtype != value.dtype:
+        raise ShapeError(
+            f"{bound.where}: the editing function returned {out.dtype}, expected {value.dtype}; "
+            f"end it with .to(x.dtype)."
+        )
+
+
+Outcome = tuple[Tensor | None, Tensor | None]
+
+
+def _every_rank(
+    bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call
+) -> Outcome:
+    route = Route(context.mesh, layout, local, axes=bound.axes, even_axes=context.even_axes) if context.mesh.axes else None
+    if route is None or route.trivial:
+        out = _call(bound, context, local, index, call)
+        return out, local
+    full = route.unshard(local)
+    out = _call(bound, context, full, index, call)
+    whole = full if bound.axes is None and not route.own_part else None
+    return (None if out is None else route.reshard(out)), whole
+
+
+def _one_rank(
+    bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call
+) -> Outcome:
+    mesh, modules = context.mesh, context.modules
+    scale = gradient_scale(mesh, layout, range(len(mesh.axes)))
+    route = OneRankRoute(mesh, layout, local)
+    entered = scale_gradient(local, scale)
+    full = route.unshard(entered)
+    parameters = modules.trainable_tensors() if torch.is_grad_enabled() else []
+    used = use_parameters(mesh, parameters)
+    if route.here:
+        with modules.replaced(used):
+            out = _call(bound, context, full, index, call)
+        out = full if out is None else out
+        if torch.is_grad_enabled():
+            out = tie(out, full, *used)
+    else:
+        out = tie(full, *used) if used else full
+    back = route.reshard(out, local)
+    return scale_gradient(back, 1 / scale), None
+
+
+def _sharded(
+    bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call
+) -> Outcome:
+    mesh = context.mesh
+    if not mesh.axes:
+        return _call(bound, context, local, index, call), local
+    route = Route(mesh, layout, local, even_axes=context.even_axes)
+    device_mesh = mesh.device_mesh(local.device.type)
+    scale = gradient_scale(mesh, layout, range(len(mesh.axes)))
+    shape = torch.Size(route.full_shape)
+    value = DTensor.from_local(
+        scale_gradient(local, scale),
+        device_mesh,
+        layout.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    with _NoLostWrites(bound), context.modules.as_dtensors(device_mesh):
+        out = _call(bound, context, value, index, call)
+    if out is None:
+        return None, None
+    if not isinstance(out, DTensor):
+        raise EditError(f"{bound.where}: an edit with run='sharded' must return a DTensor, got {type(out).__name__}.")
+    if out.placements != layout.placements:
+        out = out.redistribute(placements=layout.placements)
+    back = out.to_local()
+    return scale_gradient(back, 1 / scale), None
+
+
+class _NoLostWrites(TorchDispatchMode):
+    """DTensor drops writes through a view that crosses the sharded dim: any write through a view is an error here."""
+
+    def __init__(self, bound: Bound) -> None:
+        super().__init__()
+        self.bound = bound
+        self.views: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, DTensor) and id(value) in self.views:
+                    raise EditError(
+                        f"{self.bound.where}: an edit with run='sharded' writes in place through a view ({func}), which "
+                        f"could be lost; use an out-of-place operation such as torch.slice_scatter or torch.where."
+                    )
+        out = func(*args, **(kwargs or {}))
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, DTensor):
+                    self.views[id(tensor)] = tensor
+        return out
+

@@ -1,0 +1,100 @@
+"""The short way on one process: nothing is sharded, so a hook is hardly more than a hand-written one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flex_model.core.bound import Bound, check_expected
+from flex_model.core.call import Staged, in_backward
+from flex_model.core.editing import check_answer
+from flex_model.errors import ShapeError
+
+if TYPE_CHECKING:
+    from flex_model.core.firing import Point
+    from flex_model.core.runtime import Runtime
+
+__all__ = ["output_hook", "put_all"]
+
+Hook = Callable[[nn.Module, Any, Any], Any]
+
+
+def put_all(staged: Iterable[Staged]) -> None:
+    """Staged values of one process to their sinks: they are whole already. A wrong shape leaves all sinks as they were."""
+    staged = list(staged)
+    for one in staged:
+        if one.bound.hook.expected_shape is not None and (problem := check_expected(one.bound, one.local)):
+            raise ShapeError(problem)
+    for one in staged:
+        bound = one.bound
+        sink = bound.gradient_sink if one.gradient and not bound.is_gradient else bound.sink
+        value = one.local
+        if bound.selection is not None and one.form is not None and not one.gradient:
+            value = bound.selection.take(value)
+        sink.put(one.key, value)  # type: ignore[union-attr]
+
+
+def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook | None:
+    """A hook for the simplest cases, one capture or one edit of a module's only output; None for all others."""
+    bound = bounds[0]
+    hook = bound.hook
+    if (
+        runtime.mesh.axes
+        or len(bounds) > 1
+        or bound.is_gradient
+        or bound.gradient_sink is not None
+        or bound.attached
+        or bound.selection is not None
+        or hook.unpack_idx not in (0, "all")
+        or hook.random
+        or hook.run == "sharded"
+    ):
+        return None
+    if bound.edit is None and runtime.device is not None and runtime.device_of_values == runtime.device:
+        return _capture(runtime, point, bound)
+    if bound.sink is None and bound.edit is not None and not bound.wants_call and hook.expected_shape is None:
+        return _edit(runtime, point, bound)
+    return None
+
+
+def _capture(runtime: Runtime, point: Point, bound: Bound) -> Hook:
+    key = bound.key
+
+    def capture(module: nn.Module, args: Any, output: Any) -> Any:
+        call = runtime.active
+        if type(output) is not Tensor or call is None or runtime.quiet or runtime.mesh.axes:
+            return point.on_output(module, args, output)
+        if in_backward() == -1:
+            bound.fired += 1
+            call.staged.append(Staged(bound, key, output.detach().clone()))
+        return None
+
+    return capture
+
+
+def _edit(runtime: Runtime, point: Point, bound: Bound) -> Hook:
+    edit, save_ctx, modules, site = bound.edit, runtime.save_ctx, runtime.modules, bound.site(0)
+    assert edit is not None
+
+    def change(module: nn.Module, args: Any, output: Any) -> Any:
+        if (
+            type(output) is not Tensor
+            or runtime.active is None
+            or runtime.quiet
+            or runtime.mesh.axes
+            or in_backward() != -1
+        ):
+            return point.on_output(module, args, output)
+        if torch.is_grad_enabled():  # a recomputation must see save_ctx as it is now
+            runtime.active.snapshots[id(bound), 0] = save_ctx.snapshot()
+            runtime.active.edited = True
+        out = edit(module, output, save_ctx, modules, site, None)
+        bound.fired += 1
+        if out is not None and (type(out) is not Tensor or out.shape != output.shape or out.dtype != output.dtype):
+            check_answer(bound, output, out)
+        return out
+
+    return change

@@ -1,0 +1,469 @@
+"""``FlexModel``: the wrapper users meet."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from flex_model.core.bound import Bound, check_expected
+from flex_model.core.captured import Captured
+from flex_model.core.groups import ALL
+from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType
+from flex_model.core.names import Names, Pattern
+from flex_model.core.register import bind, capture_bounds
+from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
+from flex_model.core.runtime import Runtime
+from flex_model.core.sinks import OutputSink
+from flex_model.core.whole import full_batch, full_output
+from flex_model.errors import MeshError, RegistrationError, ShapeError
+from flex_model.routing.delivery import Deliver
+
+__all__ = ["FlexModel"]
+
+Which = HookFunction | str | Iterable[HookFunction]
+
+
+class FlexModel(nn.Module):
+    """Wraps any ``nn.Module`` and gives hooks the full, unsharded tensors, whatever the parallelism underneath.
+
+    >>> fm = FlexModel(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
+    >>> with fm.capture("1") as acts:
+    ...     _ = fm(torch.ones(2, 4))
+    >>> acts["1"].shape
+    torch.Size([2, 8])
+
+    ``output_ptr`` is a dict that registered hooks fill: ``output_ptr[name]`` is a list, one full tensor a call, on the
+    lowest rank unless ``deliver`` says otherwise. Sizes and ``mesh`` need not be given; given, they are checked.
+
+    Args: ``deliver``: "main", "all" or "local". ``device``: where captures are kept, None for where they are.
+    ``data_reduction``: how the engine reduces gradients over data axes, "mean" or "sum". ``timeout``: of this library's
+    own collectives.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        output_ptr: dict[Any, Any] | None = None,
+        tensor_parallel_size: int | None = None,
+        pipeline_parallel_size: int | None = None,
+        data_parallel_size: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        mesh: DeviceMesh | None = None,
+        deliver: Deliver = "main",
+        device: str | torch.device | None = "cpu",
+        data_reduction: str = "mean",
+        timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
+        super().__init__()
+        if deliver not in ("main", "all", "local"):
+            raise RegistrationError(f"deliver={deliver!r} is unknown; expected 'main', 'all' or 'local'.")
+        if data_reduction not in ("mean", "sum"):
+            raise RegistrationError(f"data_reduction={data_reduction!r} is unknown; expected 'mean' or 'sum'.")
+        runtime = Runtime(
+            module,
+            mesh=mesh,
+            device=None if device is None else torch.device(device),
+            mean=data_reduction == "mean",
+            timeout=timeout,
+        )
+        _check_sizes(runtime, tensor_parallel_size, pipeline_parallel_size, data_parallel_size, process_group)
+        self.module = module
+        self.trainable_modules = runtime.modules
+        self.output_ptr: dict[Any, Any] = {} if output_ptr is None else output_ptr
+        self._runtime = runtime
+        self._deliver: Deliver = deliver
+        self._sink = OutputSink(self.output_ptr)
+        self._chosen: tuple[str | Sequence[str], bool] = (ALL, False)
+        self._finalizer = weakref.finalize(self, Runtime.uninstall, runtime)
+        self.forward = MethodType(_with_signature_of(module), self)  # type: ignore[method-assign]
+        self._register_state_dict_hook(_plain_keys)
+        self.register_load_state_dict_pre_hook(_wrapped_keys)
+
+    # -- running -----------------------------------------------------------------------------------------------
+    def _forward(
+        self, *args: Any, groups: str | Sequence[str] = ALL, complement: bool = False, **kwargs: Any
+    ) -> Any:
+        if groups == ALL and not complement:
+            return self._run(*args, **kwargs)
+        with self.groups(groups, complement=complement):
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        runtime = self._runtime
+        before, runtime.direct = runtime.direct, bool(runtime.bounds)
+        runtime.last_inputs = (args, kwargs)
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            runtime.direct = before
+
+    @property
+    def save_ctx(self) -> Any:
+        """The namespace that editing functions share."""
+        return self._runtime.save_ctx
+
+    @property
+    def seed(self) -> int:
+        """The seed of edits with ``random=True``; the same on every rank."""
+        return self._runtime.context.seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._runtime.context.seed = value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("module", "_runtime"):
+                raise
+            return getattr(super().__getattr__("module"), name)
+
+    # -- registering -------------------------------------------------------------------------------------------
+    def register_forward_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
+        """Hook a module's output. Returns a handle whose ``remove()`` takes the hook off."""
+        return self._register(hook_function, "forward")
+
+    def register_forward_pre_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
+        """Hook a module's input."""
+        return self._register(hook_function, "forward_pre")
+
+    def register_full_backward_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
+        """Hook the gradient of a module's input."""
+        return self._register(hook_function, "full_backward")
+
+    def register_full_backward_pre_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
+        """Hook the gradient of a module's output."""
+        return self._register(hook_function, "full_backward_pre")
+
+    def register_hook(self, hook_function: HookFunction) -> RemovableHandle:
+        """Hook the gradient of a parameter; ``module_name`` is the parameter's name."""
+        return self._register(hook_function, "tensor")
+
+    def _register(self, hook: HookFunction, hook_type: HookType) -> RemovableHandle:
+        runtime = self._runtime
+        if any(b.hook is hook for b in runtime.bounds):
+            raise RegistrationError(f"{hook!r} is registered already; make another HookFunction for another place.")
+        key = self._sink.key_for(hook.module_name, hook_type, hook.unpack_idx)
+        bound = bind(runtime, hook, hook_type, key, self._sink if hook.capture else None, self._deliver)
+        runtime.bounds.append(bound)
+        runtime.groups.add(hook)
+        self._apply_groups()
+        handle = _Handle(self, bound)
+        return handle  # type: ignore[return-value]
+
+    def _remove(self, bound: Bound) -> None:
+        runtime = self._runtime
+        if bound in runtime.bounds:
+            runtime.bounds.remove(bound)
+            runtime.groups.drop(bound.hook)
+            runtime.install()
+
+    # -- groups ------------------------------------------------------------------------------------------------
+    def create_hook_group(
+        self,
+        group_name: str,
+        group_constructor: str,
+        expected_shape: tuple[int | None, ...] | None = None,
+        editing_function: Callable[..., Any] | None = None,
+        unpack_idx: int | str = 0,
+        hook_type: HookType = "forward",
+    ) -> list[HookFunction]:
+        """Register one hook on every module (or parameter) with ``group_constructor`` in its name, as one group."""
+        if hook_type not in HOOK_TYPES:
+            raise RegistrationError(f"hook_type={hook_type!r} is unknown; expected one of {', '.join(HOOK_TYPES)}.")
+        of = "parameter" if hook_type == "tensor" else "module"
+        found = self._runtime.names.match(lambda n: group_constructor in n, of=of)
+        hooks = [HookFunction(n, expected_shape, editing_function, unpack_idx) for n, _ in found]
+        done: list[RemovableHandle] = []
+        try:
+            for hook in hooks:
+                done.append(self._register(hook, hook_type))
+        except Exception:
+            for handle in done:
+                handle.remove()
+            raise
+        self._runtime.groups.tag(hooks, group_name)
+        return hooks
+
+    def update_hook_groups(self, group_constructor: Which, group_name: str) -> None:
+        """Tag hooks with a group: a HookFunction, several, or all whose module name contains a string."""
+        self._runtime.groups.tag(group_constructor, group_name)
+
+    def remove_hook_groups(self, group_constructor: Which, group_name: str) -> None:
+        """Take a group's tag off hooks; ``all`` cannot be taken off."""
+        self._runtime.groups.untag(group_constructor, group_name)
+
+    def get_hook_function_groups(self, hook_function: HookFunction) -> set[str]:
+        return self._runtime.groups.of(hook_function)
+
+    def get_group_hook_functions(self, group_name: str) -> list[HookFunction]:
+        return self._runtime.groups.members(group_name)
+
+    @contextmanager
+    def groups(self, groups: str | Sequence[str] = ALL, *, complement: bool = False) -> Iterator[None]:
+        """Which groups are on within the block, for whoever calls the model."""
+        self._runtime.groups.chosen(groups, complement)  # an unknown group changes nothing
+        before, self._chosen = self._chosen, (groups, complement)
+        self._apply_groups()
+        try:
+            yield
+        finally:
+            self._chosen = before
+            self._apply_groups()
+
+    def _apply_groups(self) -> None:
+        on = self._runtime.groups.chosen(*self._chosen)
+        for bound in self._runtime.bounds:
+            if not bound.temporary:
+                bound.enabled = bound.hook in on
+        self._runtime.install()
+
+    # -- capture and edit --------------------------------------------------------------------------------------
+    @contextmanager
+    def capture(
+        self,
+        *patterns: Pattern,
+        hook_type: HookType = "forward",
+        unpack_idx: int | str | Sequence[int | str] = 0,
+        select: Any = None,
+        deliver: Deliver = "all",
+        grad: bool = False,
+        detach: bool = True,
+    ) -> Iterator[Captured]:
+        """Capture everything the patterns match while the block runs; the values are there when the forward is over.
+
+        ``grad=True`` also keeps the gradient of each value (``acts.grad(name)``), on frozen models too.
+        ``detach=False`` hands out the value with its graph, on its device. All ranks enter and leave the block.
+        """
+        runtime = self._runtime
+        bounds, acts = capture_bounds(
+            runtime, patterns, hook_type, unpack_idx, select=select, deliver=deliver, grad=grad, detach=detach
+        )
+        runtime.bounds += bounds
+        runtime.install()
+        try:
+            yield acts
+            runtime.flush()
+        finally:
+            runtime.bounds = [b for b in runtime.bounds if b not in bounds]
+            runtime.install()
+
+    @contextmanager
+    def edit(
+        self,
+        pattern: Pattern,
+        editing_function: Callable[..., Any],
+        *,
+        hook_type: HookType = "forward",
+        **keywords: Any,
+    ) -> Iterator[list[HookFunction]]:
+        """Apply an editing function wherever the pattern matches while the block runs; takes HookFunction's keywords."""
+        runtime = self._runtime
+        keywords = {"capture": False, **keywords}
+        of = "parameter" if hook_type == "tensor" else "module"
+        bounds = []
+        for key, name in runtime.names.match(pattern, of=of):
+            hook = HookFunction(name, editing_function=editing_function, **keywords)
+            sink = self._sink if hook.capture else None
+            bounds.append(bind(runtime, hook, hook_type, key, sink, self._deliver, temporary=True))
+        runtime.bounds += bounds
+        runtime.install()
+        try:
+            yield [b.hook for b in bounds]
+        finally:
+            runtime.bounds = [b for b in runtime.bounds if b not in bounds]
+            runtime.install()
+
+    def flush(self) -> None:
+        """Deliver what is still on its way. All ranks call it."""
+        self._runtime.flush()
+
+    # -- the whole of things -----------------------------------------------------------------------------------
+    def full_output(self, output: Any) -> Any:
+        """The whole output, in capture order, from what this rank's forward returned; differentiable. Collective."""
+        return full_output(self._runtime, output)
+
+    def full_batch(self, batch: Any) -> Any:
+        """The whole batch, in capture order, from this rank's part: any tree of tensors with the batch first. Collective."""
+        return full_batch(self._runtime, batch)
+
+    def register_trainable_module(self, name: str, module: nn.Module) -> None:
+        """Make ``module`` available to every editing function as ``modules[name]``; its parameters are FlexModel's."""
+        if not isinstance(module, nn.Module):
+            raise RegistrationError(f"trainable module {name!r} must be an nn.Module, got {type(module).__name__}.")
+        if name in self.trainable_modules:
+            raise RegistrationError(f"a trainable module {name!r} is registered already.")
+        self.trainable_modules[name] = module
+        mesh = _largest_mesh(self.module)
+        if mesh is not None:
+            self.trainable_modules.on_mesh(mesh)
+
+    def get_module_parameter(self, parameter_name: str, expected_shape: tuple[int | None, ...] | None = None) -> Tensor:
+        """The full parameter, detached and on the CPU, on every rank. Collective."""
+        runtime = self._runtime
+        name = runtime.names.clean(parameter_name, of="parameter")
+        full = runtime.engines.full_parameter(*runtime.names.parameters[name]).cpu()
+        if expected_shape is not None:
+            hook = HookFunction(name, expected_shape)
+            bound = Bound(hook, "tensor", name, name, self.module)
+            problem = check_expected(bound, full)
+            if problem:
+                raise ShapeError(problem)
+        return full
+
+    # -- names -------------------------------------------------------------------------------------------------
+    @property
+    def wrapped_module_names(self) -> list[str]:
+        """Clean names of the wrapped model's modules."""
+        return list(self._runtime.names.modules)
+
+    @property
+    def trainable_modules_names(self) -> list[str]:
+        return list(self.trainable_modules.keys())
+
+    @property
+    def all_modules_names(self) -> list[str]:
+        return self.wrapped_module_names + self.trainable_modules_names
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The wrapped model's parameters by their plain names, then ``trainable_modules.*``."""
+        if recurse:
+            yield from _clean(self.module.named_parameters(prefix, True, remove_duplicate))
+            inner = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
+            yield from self.trainable_modules.named_parameters(inner, True, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        if recurse:
+            yield from _clean(self.module.named_buffers(prefix, True, remove_duplicate))
+            inner = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
+            yield from self.trainable_modules.named_buffers(inner, True, remove_duplicate)
+
+    # -- reports -----------------------------------------------------------------------------------------------
+    def hooks(self) -> list[HookRow]:
+        """What is hooked: place, type, groups, on or off, times fired."""
+        return hook_rows(self._runtime)
+
+    def sites(self) -> list[SiteRow]:
+        """What can be hooked, and the layouts known so far."""
+        return site_rows(self._runtime)
+
+    def plan(self) -> list[PlanRow]:
+        """What each hook costs: layout, collective and bytes a call, from the layouts known so far."""
+        return plan_rows(self._runtime)
+
+    def restore(self) -> nn.Module:
+        """Take every hook off and return the wrapped module as it was given."""
+        runtime = self._runtime
+        for bound in runtime.bounds:
+            runtime.groups.drop(bound.hook)
+        runtime.bounds.clear()
+        runtime.uninstall()
+        return self.module
+
+
+class _Handle:
+    """Takes one registered hook off; usable as a context manager, like torch's."""
+
+    def __init__(self, model: FlexModel, bound: Bound) -> None:
+        self._model, self._bound = weakref.ref(model), bound
+
+    def remove(self) -> None:
+        model = self._model()
+        if model is not None:
+            model._remove(self._bound)
+
+    def __enter__(self) -> _Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _with_signature_of(module: nn.Module) -> Callable[..., Any]:
+    """FlexModel's forward under the wrapped model's signature, so that trainers keep the right dataset columns."""
+
+    def forward(self: FlexModel, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    forward.__doc__ = "The wrapped model's forward; ``groups`` and ``complement`` choose the hooks of this one call."
+    try:
+        inner = inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return forward
+    names = inner.parameters
+    own = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d)
+        for n, d in (("groups", ALL), ("complement", False))
+        if n not in names
+    ]
+    parameters = list(names.values())
+    tail = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    head = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    head = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) if p.kind is p.POSITIONAL_ONLY else p for p in head]
+    forward.__signature__ = inner.replace(parameters=[first, *head, *own, *tail])  # type: ignore[attr-defined]
+    return forward
+
+
+def _clean(pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for name, value in pairs:
+        yield Names.strip(name), value
+
+
+def _plain_keys(module: FlexModel, state: dict[str, Any], prefix: str, _: Any) -> dict[str, Any]:
+    """state_dict hook: the wrapped model's keys without ``module.``."""
+    inner = f"{prefix}module."
+    for key in [k for k in state if k.startswith(inner)]:
+        state[prefix + key[len(inner) :]] = state.pop(key)
+    return state
+
+
+def _wrapped_keys(module: FlexModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """load_state_dict hook: the inverse."""
+    own = f"{prefix}trainable_modules."
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
+        state[f"{prefix}module.{key[len(prefix) :]}"] = state.pop(key)
+
+
+def _largest_mesh(module: nn.Module) -> DeviceMesh | None:
+    meshes = [p.device_mesh for p in module.parameters() if isinstance(p, DTensor)]
+    return max(meshes, key=lambda m: m.ndim, default=None)
+
+
+def _check_sizes(
+    runtime: Runtime, tensor: int | None, pipeline: int | None, data: int | None, group: dist.ProcessGroup | None
+) -> None:
+    found = {"tensor": 1, "data": 1}
+    for axis in runtime.mesh.axes:
+        found[axis.kind] *= axis.size
+    for name, given, kind in (("tensor_parallel_size", tensor, "tensor"), ("data_parallel_size", data, "data")):
+        if given is not None and given != found[kind]:
+            raise MeshError(
+                f"{name}={given} was given, but the model has {found[kind]} "
+                f"(engines found: {', '.join(runtime.engines.names) or 'none'}; {runtime.mesh}); leave it out or correct it."
+            )
+    if pipeline is not None and pipeline != 1:
+        raise MeshError(f"pipeline_parallel_size={pipeline} was given, but the model has 1; leave it out or correct it.")
+    if group is not None and sorted(dist.get_process_group_ranks(group)) != sorted(runtime.mesh.ranks) and runtime.mesh.axes:
+        raise MeshError(
+            f"process_group has the ranks {dist.get_process_group_ranks(group)}, but the model is on {runtime.mesh.ranks}."
+        )
+

@@ -1,0 +1,145 @@
+"""Names of modules and parameters as the plain model spells them, and the patterns that choose among them.
+
+Engines wrap modules (``module.``, ``_fsdp_wrapped_module.``, ``_orig_mod.``, ``_checkpoint_wrapped_module.``).
+A clean name leaves the wrappers out, so that one script finds the same module under every engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor, nn
+
+from flex_model.errors import NameNotFoundError
+
+__all__ = ["Names", "Pattern", "glob_to_regex"]
+
+Pattern = str | Iterable[str] | Callable[[str], bool]
+
+# The one child of a wrapper, by the attribute that holds it.
+_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    children = module._modules
+    for attribute in _WRAPPERS:
+        if attribute in children:
+            return attribute
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return "module"
+    return None
+
+
+def glob_to_regex(pattern: str) -> re.Pattern[str]:
+    """``*`` and ``?`` stay within one part of a dotted name, ``**`` crosses dots, ``[01]`` is a set.
+
+    >>> bool(glob_to_regex("layers.*.mlp").fullmatch("layers.3.mlp"))
+    True
+    >>> bool(glob_to_regex("layers.*").fullmatch("layers.3.mlp"))
+    False
+    """
+    out = []
+    for token in re.findall(r"\*\*|\*|\?|\[[^\]]*\]|.", pattern):
+        if token == "**":
+            out.append(".*")
+        elif token == "*":
+            out.append("[^.]*")
+        elif token == "?":
+            out.append("[^.]")
+        elif token.startswith("[") and len(token) > 1:
+            out.append(token.replace("[!", "[^", 1))
+        else:
+            out.append(re.escape(token))
+    return re.compile("".join(out))
+
+
+class Names:
+    """The clean names of one model, and every other spelling a user may use for them."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules: dict[str, nn.Module] = {}
+        self.parameters: dict[str, tuple[nn.Module, str]] = {}  # clean name -> (owner, attribute)
+        self._spellings: dict[str, str] = {}
+        self._parameter_spellings: dict[str, str] = {}
+        self._walk(root, "", "")
+
+    def _walk(self, module: nn.Module, clean: str, raw: str) -> None:
+        self._spellings.setdefault(raw, clean)
+        inner = _wrapped_child(module)
+        if inner is not None and (child := module._modules[inner]) is not None:
+            self._walk(child, clean, f"{raw}.{inner}" if raw else inner)
+            return
+        self._spellings.setdefault(clean, clean)
+        self.modules[clean] = module
+        for name, value in module._parameters.items():
+            if value is not None:
+                self._add_parameter(module, name, clean, raw)
+        for name, child in module._modules.items():
+            if child is not None:
+                self._walk(child, f"{clean}.{name}" if clean else name, f"{raw}.{name}" if raw else name)
+
+    def _add_parameter(self, module: nn.Module, name: str, clean: str, raw: str) -> None:
+        clean_name = f"{clean}.{name}" if clean else name
+        self.parameters[clean_name] = (module, name)
+        self._parameter_spellings[clean_name] = clean_name
+        self._parameter_spellings[f"{raw}.{name}" if raw else name] = clean_name
+
+    @property
+    def root(self) -> nn.Module:
+        """The model itself, inside all wrappers."""
+        return self.modules[""]
+
+    def clean(self, name: str, *, of: str = "module") -> str:
+        """The clean name of ``name`` in any spelling; raises NameNotFoundError with the closest names."""
+        spellings = self._spellings if of == "module" else self._parameter_spellings
+        found = spellings.get(name)
+        if found is None:
+            found = spellings.get(self.strip(name))
+        if found is None:
+            raise NameNotFoundError(self._not_found(name, spellings.values(), of))
+        return found
+
+    @staticmethod
+    def strip(name: str) -> str:
+        """``name`` without the segments that wrappers add."""
+        parts = [p for p in name.split(".") if p not in _WRAPPERS]
+        while len(parts) > 1 and parts[0] == "module":
+            parts = parts[1:]
+        return ".".join(parts)
+
+    @staticmethod
+    def _not_found(name: str, known: Iterable[str], of: str) -> str:
+        known = list(dict.fromkeys(known))
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"the closest names are {', '.join(map(repr, close))}" if close else f"it has {len(known)} {of}s"
+        return f"{name!r} matches no {of} of the model: {hint}; all names are in fm.wrapped_module_names."
+
+    def match(self, pattern: Pattern, *, of: str = "module") -> list[tuple[str, str]]:
+        """(key, clean name) of everything ``pattern`` matches, in the model's order.
+
+        The key is the name as the user spelled it, or the clean name where a glob or a predicate matched.
+        """
+        if callable(pattern):
+            table = self.modules if of == "module" else self.parameters
+            found = [(n, n) for n in table if pattern(n)]
+            if not found:
+                raise NameNotFoundError(f"the predicate {pattern!r} matches no {of} of the model.")
+            return found
+        if not isinstance(pattern, str):
+            return [pair for single in pattern for pair in self.match(single, of=of)]
+        if any(c in pattern for c in "*?["):
+            regex = glob_to_regex(self.strip(pattern))
+            table = self.modules if of == "module" else self.parameters
+            found = [(n, n) for n in table if regex.fullmatch(n)]
+            if not found:
+                raise NameNotFoundError(self._not_found(pattern, table, of))
+            return found
+        return [(pattern, self.clean(pattern, of=of))]
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, (owner, attribute) in self.parameters.items():
+            value = owner._parameters[attribute]
+            if value is not None:
+                yield name, value

@@ -1,0 +1,132 @@
+"""From what the user asked for to ``Bound`` hooks: everything that can be wrong is found here, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from flex_model.core.bound import Bound, Sink
+from flex_model.core.captured import Captured
+from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType, Site, adapt_editing_function
+from flex_model.core.names import Pattern
+from flex_model.errors import RegistrationError
+from flex_model.layout.layout import parse_layout
+from flex_model.routing.delivery import Deliver
+from flex_model.routing.selection import Selection
+
+if TYPE_CHECKING:
+    from flex_model.core.runtime import Runtime
+
+__all__ = ["bind", "capture_bounds"]
+
+
+def bind(
+    runtime: Runtime,
+    hook: HookFunction,
+    hook_type: HookType,
+    key: str | Site,
+    sink: Sink | None,
+    deliver: Deliver,
+    *,
+    temporary: bool = False,
+) -> Bound:
+    """A HookFunction on this model. Raises without changing anything if it does not fit."""
+    if hook_type not in HOOK_TYPES:
+        raise RegistrationError(f"hook_type={hook_type!r} is unknown; expected one of {', '.join(HOOK_TYPES)}.")
+    of = "parameter" if hook_type == "tensor" else "module"
+    name = runtime.names.clean(hook.module_name, of=of)
+    where = f"{name or '(the model)'} ({hook_type})"
+    if hook_type == "tensor":
+        module, attribute = runtime.names.parameters[name]
+        parameter = module._parameters[attribute]
+        if parameter is None or not parameter.requires_grad:
+            raise RegistrationError(f"{where}: the parameter does not require a gradient, so it will never have one.")
+    else:
+        module = runtime.names.modules[name]
+    edit, wants_call = None, False
+    if hook.editing_function is not None:
+        edit, wants_call = adapt_editing_function(hook.editing_function, where)
+    mesh = runtime.mesh
+    axes = None
+    if hook.axes is not None and mesh.axes:
+        axes = tuple(mesh.index(a) for a in hook.axes if a in mesh.names or _known_axis(mesh.index, a))
+    if hook.run == "one_rank" and axes is not None and len(axes) < len(mesh.axes):
+        raise RegistrationError(f"{where}: run='one_rank' covers all axes of the mesh; leave out axes={hook.axes}.")
+    override: tuple[Any, ...] = ()
+    if hook.layout is not None:
+        override = tuple(sorted(parse_layout(hook.layout, mesh, where).items(), key=lambda p: p[0]))
+    selection = None if hook.select is None else Selection(hook.select)
+    return Bound(
+        hook, hook_type, name, key, module, sink, None, edit, wants_call, deliver, False, selection, override, axes,
+        temporary=temporary,
+    )
+
+
+def _known_axis(index: Any, axis: str) -> bool:
+    """Axes that other scripts' meshes have are nothing to unshard here; a misspelt one is an error."""
+    if axis in ("dp", "fsdp", "tp", "cp", "ep", "pp", "dp_replicate"):
+        return False
+    index(axis)
+    return True
+
+
+class _GradientSink:
+    """Gradients of what a capture holds."""
+
+    def __init__(self, acts: Captured) -> None:
+        self._acts = acts
+
+    def put(self, key: str | Site, value: Any) -> None:
+        self._acts._grads.put(key, value)
+
+    def refuse(self, key: str | Site, error: Exception) -> None:
+        self._acts.refused[key] = error
+
+
+class _ValueSink(_GradientSink):
+    def put(self, key: str | Site, value: Any) -> None:
+        self._acts._values.put(key, value)
+
+
+def capture_bounds(
+    runtime: Runtime,
+    patterns: Sequence[Pattern],
+    hook_type: HookType,
+    unpack_idx: int | str | Sequence[int | str],
+    *,
+    select: Any,
+    deliver: Deliver,
+    grad: bool,
+    detach: bool,
+) -> tuple[list[Bound], Captured]:
+    """The hooks of one ``capture`` block, and the object that its values arrive in."""
+    if deliver not in ("main", "all", "local"):
+        raise RegistrationError(f"deliver={deliver!r} is unknown; expected 'main', 'all' or 'local'.")
+    if not patterns:
+        raise RegistrationError("capture() needs a pattern; '**' captures every module.")
+    backward = hook_type in ("full_backward", "full_backward_pre", "tensor")
+    if backward and (grad or not detach):
+        raise RegistrationError(f"grad=True and detach=False go with forward hook types, not with {hook_type!r}.")
+    if not detach and deliver != "all":
+        raise RegistrationError("detach=False hands out the value on every rank; leave deliver='all'.")
+    of = "parameter" if hook_type == "tensor" else "module"
+    found = [pair for p in patterns for pair in runtime.names.match(p, of=of)]
+    found = list({clean: (key, clean) for key, clean in reversed(found)}.values())[::-1]
+    if hook_type == "tensor":
+        found = [(k, c) for k, c in found if _has_gradient(runtime, c)] or found
+    elsewhere = "" if deliver != "main" or runtime.mesh.is_main else f"deliver='main' sent it to rank {runtime.mesh.main}."
+    acts = Captured([key for key, _ in found], elsewhere)
+    values, gradients = _ValueSink(acts), _GradientSink(acts)
+    bounds = []
+    for key, clean in found:
+        hook = HookFunction(clean, unpack_idx=unpack_idx, select=select)
+        bound = bind(runtime, hook, hook_type, key, values, deliver, temporary=True)
+        bounds.append(replace(bound, attached=not detach, gradient_sink=gradients if grad else None))
+    return bounds, acts
+
+
+def _has_gradient(runtime: Runtime, name: str) -> bool:
+    owner, attribute = runtime.names.parameters[name]
+    parameter = owner._parameters[attribute]
+    return parameter is not None and parameter.requires_grad

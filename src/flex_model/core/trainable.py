@@ -1,0 +1,105 @@
+"""Trainable modules: used inside edits, owned by FlexModel, their gradients complete and equal on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from flex_model.layout.mesh import ModelMesh
+
+__all__ = ["TrainableModules"]
+
+
+def _slots(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where each distinct parameter sits; a shared one at its first place only."""
+    seen: set[int] = set()
+    out = []
+    for owner in module.modules():
+        for name, value in owner._parameters.items():
+            if value is not None and id(value) not in seen:
+                seen.add(id(value))
+                out.append((owner, name))
+    return out
+
+
+class TrainableModules(nn.ModuleDict):
+    """``modules`` of an editing function. Under DTensor engines parameters are replicated DTensors outside of edits,
+    so that clipping and fused optimizers take them together with the model's, and plain tensors inside."""
+
+    def on_mesh(self, mesh: DeviceMesh) -> None:
+        """Make every plain parameter a replicated DTensor on ``mesh``."""
+        for owner, name in _slots(self):
+            value = owner._parameters[name]
+            assert value is not None
+            if not isinstance(value, DTensor):
+                local = DTensor.from_local(value.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+                owner._parameters[name] = nn.Parameter(local, requires_grad=value.requires_grad)
+
+    def trainable_tensors(self) -> list[Tensor]:
+        return [_plain(owner._parameters[name]) for owner, name in _slots(self)]
+
+    @contextmanager
+    def replaced(self, new: Sequence[Tensor]) -> Iterator[None]:
+        """Other tensors in the parameters' places, in the order of ``trainable_tensors``."""
+        if not new:
+            yield
+            return
+        slots = _slots(self)
+        kept = [(owner, name, owner._parameters[name]) for owner, name in slots]
+        for (owner, name), tensor in zip(slots, new, strict=True):
+            owner._parameters[name] = tensor  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for owner, name, value in kept:
+                owner._parameters[name] = value
+
+    @contextmanager
+    def inside_edit(self) -> Iterator[None]:
+        """Plain local parameters for the time of an edit."""
+        if any(isinstance(p, DTensor) for p in self.parameters()) and not self._sharded:
+            with self.replaced(self.trainable_tensors()):
+                yield
+        else:
+            yield
+
+    _sharded = False
+
+    @contextmanager
+    def as_dtensors(self, mesh: DeviceMesh) -> Iterator[None]:
+        """Parameters as replicated DTensors on ``mesh``, for an edit that runs on shards."""
+        tensors = [DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False) for t in self.trainable_tensors()]
+        self._sharded = True
+        try:
+            with self.replaced(tensors):
+                yield
+        finally:
+            self._sharded = False
+
+    def mean_gradients(self, mesh: ModelMesh) -> None:
+        """Mean of the gradients over the data axes, in one message. A no-op for ranks that agree already."""
+        data = [i for i, a in enumerate(mesh.axes) if a.kind == "data"]
+        grads = [g.to_local() if isinstance(g, DTensor) else g for p in self.parameters() if (g := p.grad) is not None]
+        if not data or not grads or not mesh.mean:
+            return
+        flat = torch.cat([g.detach().flatten().to(_widest(grads)) for g in grads])
+        for i in data:
+            dist.all_reduce(flat, group=mesh.group(i))
+            flat /= mesh.axes[i].size
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view(grad.shape))
+
+
+def _plain(parameter: Tensor | None) -> Tensor:
+    assert parameter is not None
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _widest(grads: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32

@@ -1,0 +1,46 @@
+"""Ready-made editing functions. Each returns a function of the full tensor, to be passed to ``fm.edit``.
+
+>>> import torch
+>>> add(torch.tensor([1.0, 2.0]), scale=2.0)(torch.zeros(1, 2)).tolist()
+[[2.0, 4.0]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["add", "scale", "zero"]
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def add(vector: Tensor, *, scale: float = 1.0) -> Edit:
+    """Add ``scale * vector`` to the value (steering). ``vector`` broadcasts against it; dtype and device follow it."""
+
+    def edit(x: Tensor) -> Tensor:
+        return x + scale * vector.to(device=x.device, dtype=x.dtype)
+
+    return edit
+
+
+def scale(factor: float) -> Edit:
+    """Multiply the value by ``factor``."""
+
+    def edit(x: Tensor) -> Tensor:
+        return x * factor
+
+    return edit
+
+
+def zero(index: Sequence[int] | None = None, *, dim: int = -1) -> Edit:
+    """Set the value to zero: all of it, or the given positions of ``dim`` (units, or heads where they have a dim)."""
+
+    def edit(x: Tensor) -> Tensor:
+        if index is None:
+            return torch.zeros_like(x)
+        return x.index_fill(dim, torch.as_tensor(list(index), device=x.device), 0)
+
+    return edit

@@ -1,0 +1,148 @@
+"""Adapters for parallel frameworks: one file each, and ``Engines``, all that are at work on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from flex_model.engines.ddp import DDPEngine
+from flex_model.engines.dtensor import DTensorEngine
+from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh
+from flex_model.engines.fsdp1 import FSDP1Engine
+from flex_model.engines.fsdp2 import FSDP2Engine
+from flex_model.engines.hf import TransformersEngine
+from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
+
+__all__ = ["Engine", "Engines", "GradientSite"]
+
+# Data engines first: what they claim is theirs; DTensor takes the axes that are left.
+_KNOWN: tuple[type[Engine], ...] = (DDPEngine, FSDP1Engine, FSDP2Engine, TransformersEngine, DTensorEngine)
+_DATA_NAMES = ("dp", "ddp", "fsdp", "hsdp", "dp_replicate", "dp_shard", "replicate", "shard", "data", "batch")
+
+
+def _kind(axis_name: str) -> AxisKind:
+    return "data" if axis_name in _DATA_NAMES else "tensor"
+
+
+class Engines:
+    """The engines found on a model, in one: the first that has an answer gives it."""
+
+    def __init__(self, wrapped: nn.Module, root: nn.Module) -> None:
+        self.found: list[Engine] = []
+        if dist.is_available() and dist.is_initialized():
+            for known in _KNOWN:
+                engine = known.find(wrapped) or (known.find(root) if root is not wrapped else None)
+                if engine is not None:
+                    self.found.append(engine)
+
+    @property
+    def names(self) -> list[str]:
+        return [e.name for e in self.found]
+
+    @property
+    def lockstep(self) -> bool:
+        return all(e.lockstep for e in self.found)
+
+    @property
+    def keep_alive(self) -> bool:
+        return any(e.keep_alive() for e in self.found)
+
+    def mesh(self, given: DeviceMesh | None, *, timeout: timedelta, mean: bool) -> ModelMesh:
+        """The model's mesh: the user's, or the axes of all engines on the root mesh they share."""
+        if given is not None:
+            names = given.mesh_dim_names or ()
+            axes = [Axis(a.name, _kind(a.name), a.ranks) for a in axes_of_mesh(given, "tensor", names[0] if names else "tp")]
+            return ModelMesh(*_on_grid(axes, [given]), timeout=timeout, mean=mean)
+        axes = []
+        for engine in self.found:
+            for axis in engine.axes:
+                if axis.size > 1 and not any(axis.ranks == a.ranks for a in axes):
+                    axes.append(_named_apart(axis, axes))
+        meshes = [m for e in self.found for m in e.meshes]
+        return ModelMesh(*_on_grid(axes, meshes), timeout=timeout, mean=mean)
+
+    def order(self, module: nn.Module, side: str, dim: int, ndim: int) -> int | str:
+        for engine in self.found:
+            answer = engine.order(module, side, dim, ndim)
+            if answer is not None:
+                return answer
+        return 1
+
+    def plain_class(self, module: nn.Module) -> type | None:
+        return next((c for e in self.found if (c := e.plain_class(module)) is not None), None)
+
+    def gradient_site(self, owner: nn.Module, attribute: str) -> tuple[Engine | None, GradientSite]:
+        """Who meets the gradient of a parameter and when; placements are those of all engines together."""
+        sites = [(e, s) for e in self.found if (s := e.gradient_site(owner, attribute)) is not None]
+        finished = next(((e, s) for e, s in sites if s.when != "local"), None)
+        if finished is not None:
+            return finished
+        stated = {kind: p for _, s in sites for kind, p in s.stated.items()}
+        return None, GradientSite("local", stated)
+
+    def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor:
+        for engine in self.found:
+            full = engine.full_parameter(owner, attribute)
+            if full is not None:
+                return full
+        parameter = owner._parameters[attribute]
+        assert parameter is not None
+        return parameter.detach().clone()
+
+
+def _named_apart(axis: Axis, others: Sequence[Axis]) -> Axis:
+    name, count = axis.name, 1
+    while any(name == o.name for o in others):
+        count += 1
+        name = f"{axis.name}_{count}"
+    return Axis(name, axis.kind, axis.ranks)
+
+
+def _on_grid(axes: list[Axis], meshes: Sequence[DeviceMesh]) -> tuple[list[Axis], Tensor | None]:
+    """The axes, and the ranks of all of them as one grid, from a root mesh that has a dim for each."""
+    axes = [a for a in axes if a.size > 1]
+    if len(axes) < 2:
+        return axes, None
+    for mesh in meshes:
+        root = mesh._get_root_mesh()
+        for candidate in (mesh, root):
+            grid = _sub_grid(candidate, axes)
+            if grid is not None:
+                return axes, grid
+    return axes, _exchanged_grid(axes)
+
+
+def _sub_grid(mesh: DeviceMesh, axes: Sequence[Axis]) -> Tensor | None:
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    lines = [a.ranks for a in axes_of_mesh(mesh, "tensor", "axis")]
+    if any(a.ranks not in lines for a in axes):
+        return None
+    dims = [lines.index(a.ranks) for a in axes]
+    if len(set(dims)) != len(dims):
+        return None
+    fixed = tuple(slice(None) if d in dims else c for d, c in enumerate(coordinate))
+    kept = [d for d in range(mesh.ndim) if d in dims]
+    return mesh.mesh[fixed].permute([kept.index(d) for d in dims])
+
+
+def _exchanged_grid(axes: Sequence[Axis]) -> Tensor | None:
+    """For axes of unrelated groups: every rank tells its lines, and the grid is followed from this rank on."""
+    import torch
+
+    lines: list[list[tuple[int, ...]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(lines, [a.ranks for a in axes])
+
+    def follow(rank: int, axis: int) -> Tensor:
+        if axis == len(axes):
+            return torch.tensor(rank)
+        mine = lines[rank]
+        assert mine is not None
+        return torch.stack([follow(r, axis + 1) for r in mine[axis]])
+
+    return follow(dist.get_rank(), 0)

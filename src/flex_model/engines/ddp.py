@@ -1,0 +1,51 @@
+"""DistributedDataParallel: one data axis; gradients are meant over it during the backward."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Partial
+from torch.nn.parallel import DistributedDataParallel
+
+from flex_model.engines.engine import Engine, GradientSite
+from flex_model.layout.mesh import Axis
+
+__all__ = ["DDPEngine"]
+
+
+class DDPEngine(Engine):
+    """DDP around the model, or around FlexModel itself (found while its forward runs)."""
+
+    name: ClassVar[str] = "DDP"
+
+    def __init__(self, module: nn.Module, ddp: DistributedDataParallel) -> None:
+        super().__init__(module)
+        self.ddp = ddp
+
+    @classmethod
+    def find(cls, module: nn.Module) -> DDPEngine | None:
+        if isinstance(module, DistributedDataParallel):
+            return cls(module, module)
+        active = DistributedDataParallel._get_active_ddp_module()  # set while a DDP runs its forward
+        if active is not None and any(m is module for m in active.modules()):
+            return cls(module, active)
+        return None
+
+    @property
+    def axes(self) -> list[Axis]:
+        return [Axis("dp", "data", tuple(dist.get_process_group_ranks(self.ddp.process_group)))]
+
+    @property
+    def lockstep(self) -> bool:
+        # Without gradients DDP synchronises nothing: evaluation loops and generate may differ in length.
+        return torch.is_grad_enabled()
+
+    def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite:
+        # Met before the reducer means it; equal gradients on all ranks pass the reducer unchanged.
+        return GradientSite("local", {"data": Partial("avg")})
+
+    def keep_alive(self) -> bool:
+        return not self.ddp.find_unused_parameters

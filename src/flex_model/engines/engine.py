@@ -1,0 +1,114 @@
+"""``Engine``: what the rest asks of one parallel framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from flex_model.layout.layout import split_factor
+from flex_model.layout.mesh import Axis, AxisKind
+
+__all__ = ["Engine", "GradientSite", "axes_of_mesh"]
+
+
+def axes_of_mesh(mesh: DeviceMesh, kind: AxisKind, default: str) -> list[Axis]:
+    """The axes of a DeviceMesh as lines of global ranks through this rank."""
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return []
+    names = mesh.mesh_dim_names or tuple(default if mesh.ndim == 1 else f"{default}{i}" for i in range(mesh.ndim))
+    axes = []
+    for i, name in enumerate(names):
+        line: tuple[int | slice, ...] = tuple(slice(None) if d == i else c for d, c in enumerate(coordinate))
+        axes.append(Axis(name, kind, tuple(int(r) for r in mesh.mesh[line].tolist())))
+    return axes
+
+
+class GradientSite:
+    """How the gradient of one parameter is met: locally in the middle of the backward, or whole when it is done.
+
+    ``stated``: placements of the local gradient by axis kind, where the engine knows them.
+    """
+
+    def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None) -> None:
+        self.when = when  # "local" | "finished"
+        self.stated = dict(stated or {})
+
+
+class Engine:
+    """One parallel framework, as found on one model. The base class is a model without any."""
+
+    name: ClassVar[str] = "none"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @classmethod
+    def find(cls, module: nn.Module) -> Engine | None:
+        """The engine, if it is at work on ``module``."""
+        return None
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The mesh axes this engine spreads the model over."""
+        return []
+
+    @property
+    def meshes(self) -> list[DeviceMesh]:
+        """DeviceMeshes seen; their root mesh orders the axes of several engines."""
+        return []
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all ranks of this engine's axes are known to run the same forwards now."""
+        return True
+
+    def order(self, module: nn.Module, side: str, dim: int, ndim: int) -> int | str | None:
+        """Split factor of a dim that this engine's layer shards, why it is unknown, or None: not my layer."""
+        return None
+
+    def plain_class(self, module: nn.Module) -> type | None:
+        """The class a module had before this engine swapped it; None where it did not."""
+        return None
+
+    def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
+        """Where the gradient of a parameter is met; None: not my parameter."""
+        return None
+
+    def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor | None:
+        """The full parameter, detached; None: not my parameter. Collective."""
+        return None
+
+    def gradient_before(self, owner: nn.Module, attribute: str) -> Tensor | None:
+        """What this rank has accumulated before a backward, for a ``finished`` gradient site."""
+        return None
+
+    def full_gradient(self, owner: nn.Module, attribute: str, before: Tensor | None) -> Tensor | None:
+        """The full gradient of the backward that is done; None: there is none. Collective."""
+        return None
+
+    def add_to_gradient(self, owner: nn.Module, attribute: str, change: Tensor) -> None:
+        """Add a full tensor to the accumulated gradient."""
+        raise NotImplementedError(self.name)
+
+    def keep_alive(self) -> bool:
+        """Whether a parameter that gets no gradient would stall this engine's backward."""
+        return False
+
+
+def strided_order(module: nn.Module, dim: int, ndim: int) -> int | None:
+    """The split factor of a layer's own weight, where it shards the output features in blocks."""
+    if dim != ndim - 1:
+        return None
+    for parameter in module.parameters(recurse=False):
+        if isinstance(parameter, DTensor) and parameter.dim() >= 2:
+            for placement in parameter.placements:
+                if isinstance(placement, _StridedShard) and placement.dim in (parameter.dim() - 2, -2):
+                    return split_factor(placement)
+    return None
+

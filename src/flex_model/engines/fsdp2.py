@@ -1,0 +1,76 @@
+"""FSDP2 and HSDP (``fully_shard``): parameters are DTensors over the data mesh, activations plain local batches."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh
+from flex_model.layout.mesh import Axis
+
+__all__ = ["FSDP2Engine"]
+
+
+class FSDP2Engine(Engine):
+    """Any module of the model is an FSDPModule."""
+
+    name: ClassVar[str] = "FSDP2"
+
+    @classmethod
+    def find(cls, module: nn.Module) -> FSDP2Engine | None:
+        return cls(module) if any(isinstance(m, FSDPModule) for m in module.modules()) else None
+
+    @property
+    def meshes(self) -> list[DeviceMesh]:
+        found: list[DeviceMesh] = []
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
+                found += [g.mesh_info.mesh for g in groups if g.mesh_info.mesh not in found]
+        return found
+
+    @property
+    def axes(self) -> list[Axis]:
+        return [axis for mesh in self.meshes for axis in axes_of_mesh(mesh, "data", "fsdp")]
+
+    def plain_class(self, module: nn.Module) -> type | None:
+        if not isinstance(module, FSDPModule):
+            return None
+        bases = type(module).__bases__  # fully_shard makes a class of (FSDPModule, the original class)
+        return next(b for b in bases if b is not FSDPModule)
+
+    def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
+        # The parameter's own hook never fires, and a root whose inputs need no gradient is reduced at the very end.
+        return GradientSite("finished") if isinstance(owner._parameters[attribute], DTensor) else None
+
+    def gradient_before(self, owner: nn.Module, attribute: str) -> Tensor | None:
+        grad = _grad(owner, attribute)
+        return None if grad is None else grad.to_local().detach().clone()
+
+    def full_gradient(self, owner: nn.Module, attribute: str, before: Tensor | None) -> Tensor | None:
+        grad = _grad(owner, attribute)
+        if grad is None:
+            return None
+        local = grad.to_local().detach()
+        if before is not None:
+            local = local - before
+        new = DTensor.from_local(
+            local, grad.device_mesh, grad.placements, run_check=False, shape=grad.shape, stride=grad.stride()
+        )
+        return new.full_tensor()
+
+    def add_to_gradient(self, owner: nn.Module, attribute: str, change: Tensor) -> None:
+        grad = _grad(owner, attribute)
+        assert grad is not None
+        part = distribute_tensor(change, grad.device_mesh, grad.placements, src_data_rank=None)
+        grad.to_local().add_(part.to_local())
+
+
+def _grad(owner: nn.Module, attribute: str) -> DTensor | None:
+    parameter = owner._parameters[attribute]
+    grad = None if parameter is None else parameter.grad
+    return grad if isinstance(grad, DTensor) else None

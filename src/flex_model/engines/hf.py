@@ -1,0 +1,49 @@
+"""transformers' ``DistributedConfig``: plans by module name, a mesh on the model, replaced forwards.
+
+Parameters are DTensors and the data axes are FSDP2's, so this file only adds what transformers alone knows.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import ClassVar
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial
+
+from flex_model.engines.engine import Engine, GradientSite
+from flex_model.layout.mesh import Axis
+
+__all__ = ["TransformersEngine"]
+
+
+class TransformersEngine(Engine):
+    """A transformers model that was loaded with a ``distributed_config``."""
+
+    name: ClassVar[str] = "transformers"
+
+    @classmethod
+    def find(cls, module: nn.Module) -> TransformersEngine | None:
+        if "transformers" not in sys.modules:
+            return None
+        mesh = getattr(module, "_device_mesh", None)
+        return cls(module) if isinstance(mesh, DeviceMesh) else None
+
+    @property
+    def meshes(self) -> list[DeviceMesh]:
+        return [self.module._device_mesh]  # type: ignore[list-item]
+
+    @property
+    def axes(self) -> list[Axis]:
+        return []  # its DTensor parameters and FSDP2 modules carry them
+
+    def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
+        # transformers sums these gradients itself, after they were accumulated
+        return GradientSite("local", {"tensor": Partial("sum")}) if _sums_gradients(owner) else None
+
+
+def _sums_gradients(module: nn.Module) -> bool:
+    """Whether the closure that replaced the module's forward is the style ``replicated_with_grad_allreduce``."""
+    forward = module.__dict__.get("forward")
+    return "ReplicatedWithGradAllReduce" in getattr(forward, "__qualname__", "")

@@ -1,0 +1,1 @@
+"""Layouts: found, checked, or refused."""

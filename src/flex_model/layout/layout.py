@@ -1,0 +1,115 @@
+"""``Layout``: how the local tensors of a site make up the full one, and what that is known from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from flex_model.errors import LayoutError
+from flex_model.layout.mesh import ModelMesh
+
+__all__ = ["Layout", "merge_parts", "my_part", "parse_layout", "shard_dim", "split_factor"]
+
+
+def shard_dim(placement: Placement) -> int | None:
+    """The dim a placement shards, None for Replicate and Partial."""
+    return placement.dim if isinstance(placement, (Shard, _StridedShard)) else None
+
+
+def split_factor(placement: Placement) -> int:
+    """How many blocks (fused projections) the full dim consists of, each sharded over all ranks; 1 if plain."""
+    return placement.split_factor if isinstance(placement, _StridedShard) else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One placement per axis of the model's mesh, plus what was seen when it was found.
+
+    ``ragged`` names the axes whose shard sizes differ or may differ from call to call, so that they travel with the
+    value. ``shape`` is the global shape at the moment of inference; it changes with batch and sequence.
+    """
+
+    placements: tuple[Placement, ...]
+    evidence: str
+    shape: tuple[int, ...] = ()
+    ragged: tuple[bool, ...] = ()
+    proven: bool = True
+
+    @property
+    def sharded_axes(self) -> tuple[int, ...]:
+        return tuple(i for i, p in enumerate(self.placements) if shard_dim(p) is not None)
+
+    @property
+    def moving_axes(self) -> tuple[int, ...]:
+        """Axes over which data must move to make the value full."""
+        return tuple(i for i, p in enumerate(self.placements) if not isinstance(p, Replicate))
+
+    def with_evidence(self, evidence: str) -> Layout:
+        return replace(self, evidence=evidence)
+
+
+def parse_layout(given: object, mesh: ModelMesh, where: str) -> dict[int, Placement]:
+    """``layout=`` of a HookFunction as {axis index: placement}; unnamed axes stay to be found."""
+    if isinstance(given, Layout):
+        given = given.placements
+    if isinstance(given, Placement):
+        given = [given]
+    if isinstance(given, Mapping):
+        unknown = [n for n in given if n not in mesh.names]
+        if unknown and mesh.axes:
+            raise LayoutError(
+                f"{where}: layout= names the axis {unknown[0]!r}; the model's axes are {list(mesh.names)}."
+            )
+        pairs: list[tuple[int, Any]] = [(mesh.names.index(n), p) for n, p in given.items() if n in mesh.names]
+    elif isinstance(given, Sequence) and not isinstance(given, str):
+        if mesh.axes and len(given) != len(mesh.axes):
+            raise LayoutError(
+                f"{where}: layout= has {len(given)} placements; the model's mesh has {len(mesh.axes)} axes "
+                f"{list(mesh.names)}, one placement each is expected."
+            )
+        pairs = list(enumerate(given)) if mesh.axes else []
+    else:
+        raise LayoutError(f"{where}: layout={given!r} is no layout; expected placements, such as {{'tp': Shard(2)}}.")
+    for _, placement in pairs:
+        if not isinstance(placement, (Shard, _StridedShard, Replicate, Partial)):
+            raise LayoutError(f"{where}: {placement!r} in layout= is no Shard, Replicate or Partial.")
+    return dict(pairs)
+
+
+def merge_parts(parts: Sequence[torch.Tensor], placement: Placement) -> torch.Tensor:
+    """The full tensor along one axis, from the ranks' parts in rank order.
+
+    >>> merge_parts([torch.tensor([0, 2]), torch.tensor([1, 3])], _StridedShard(0, split_factor=2)).tolist()
+    [0, 1, 2, 3]
+    """
+    dim = shard_dim(placement)
+    if dim is None:
+        if isinstance(placement, Partial):
+            total = torch.stack(list(parts)).sum(0)
+            return total / len(parts) if placement.reduce_op == "avg" else total
+        return parts[0]
+    factor = split_factor(placement)
+    if factor > 1:
+        chunks = [p.chunk(factor, dim) for p in parts]
+        parts = [c for block in zip(*chunks, strict=True) for c in block]
+    return torch.cat(list(parts), dim)
+
+
+def my_part(full: torch.Tensor, placement: Placement, sizes: Sequence[int], index: int) -> torch.Tensor:
+    """The part of ``full`` that the ``index``-th rank of an axis holds; ``sizes`` are the ranks' sizes on the dim."""
+    dim = shard_dim(placement)
+    if dim is None:
+        if isinstance(placement, Partial) and placement.reduce_op == "sum":
+            return full / len(sizes)
+        return full
+    factor = split_factor(placement)
+    if factor == 1:
+        return full.narrow(dim, sum(sizes[:index]), sizes[index])
+    block = full.shape[dim] // factor
+    start, size = sum(sizes[:index]) // factor, sizes[index] // factor
+    return torch.cat([full.narrow(dim, b * block + start, size) for b in range(factor)], dim)

@@ -1,0 +1,95 @@
+"""The probe: which dim of a value is the batch, and are its rows in the batch's order?
+
+Data-parallel ranks each see a part of the batch; the full value is their concatenation only if a model given
+``[x; x]`` returns ``[f(x); f(x)]`` along one dim. That is tried, on the real model: one forward with the real inputs
+and one with the batch twice over, without gradients, in eval mode; buffers, caches and random state are put back.
+It refuses what shapes alone would let pass: rows sorted by expert, sequence-major rows, values reduced over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flex_model.layout.record import Key, double_batch, recorded
+from flex_model.layout.values import close, local
+from flex_model.trees import copy_tree
+
+__all__ = ["BatchDim", "probe_batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDim:
+    """``dim`` holds the batch; None: the value has no batch dim. ``refusal`` says why neither could be shown."""
+
+    dim: int | None = None
+    refusal: str = ""
+
+
+@contextmanager
+def _nothing_changed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients; afterwards modes, buffers and random state are as they were."""
+    training = [m for m in model.modules() if m.training]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({b.device.index or 0 for b in model.parameters() if b.device.type == "cuda"})
+    try:
+        for module in training:
+            module.training = False
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def probe_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: dict[str, nn.Module]
+) -> dict[Key, list[BatchDim]]:
+    """{key: one BatchDim a tensor} for the inputs and outputs of ``watched``; raises what the model raises."""
+
+    def kept(_: Key, found: list[Tensor]) -> list[Tensor]:
+        return [local(t).clone() for t in found]
+
+    def compared(key: Key, found: list[Tensor]) -> list[BatchDim]:
+        before = once.get(key, [])
+        if len(before) != len(found):
+            return [BatchDim(refusal="it fires another number of times at twice the batch")] * len(found)
+        return [_batch_dim(a, local(b)) for a, b in zip(before, found, strict=True)]
+
+    def forward(inputs: Any, keep: Any) -> dict[Key, Any]:
+        inner_args, inner_kwargs = copy_tree(inputs, lambda t: t.detach().clone())
+        with recorded(watched, keep) as seen:
+            model(*inner_args, **inner_kwargs)
+        return seen
+
+    with _nothing_changed(model):
+        once = forward((args, kwargs), kept)
+        try:
+            return forward(double_batch((args, kwargs)), compared)
+        except Exception:
+            return forward(double_batch((args, kwargs), vectors=False), compared)
+
+
+def _batch_dim(once: Tensor, twice: Tensor) -> BatchDim:
+    """Where ``twice`` is ``once`` two times over."""
+    if once.dim() != twice.dim():
+        return BatchDim(refusal=f"it has {once.dim()} dims, and {twice.dim()} at twice the batch")
+    grown = [d for d in range(once.dim()) if once.shape[d] != twice.shape[d]]
+    if not grown:
+        return BatchDim() if close(once, twice) else BatchDim(refusal="it has no batch dim, yet depends on the batch")
+    dim = grown[0]
+    if len(grown) > 1 or twice.shape[dim] != 2 * once.shape[dim]:
+        return BatchDim(refusal=f"{tuple(once.shape)} becomes {tuple(twice.shape)} at twice the batch")
+    size = once.shape[dim]
+    for start in (0, size):
+        if not close(once, twice.narrow(dim, start, size)):
+            return BatchDim(refusal=f"the rows of dim {dim} do not follow the order of the batch")
+    return BatchDim(dim)

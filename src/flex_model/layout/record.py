@@ -1,0 +1,71 @@
+"""Forwards that nobody else sees: what passes the watched modules, and inputs of twice the batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flex_model.trees import copy_tree, tensors
+
+__all__ = ["Key", "double_batch", "recorded"]
+
+
+class Key(NamedTuple):
+    """A side of a module at one of its firings within a forward."""
+
+    name: str
+    side: str  # "in" | "out"
+    occurrence: int = 0
+
+
+@contextmanager
+def recorded(
+    watched: dict[str, nn.Module], keep: Callable[[Key, list[Tensor]], Any]
+) -> Iterator[dict[Key, Any]]:
+    """{key: keep(key, tensors in flattening order)} of the inputs and outputs of ``watched``."""
+    seen: dict[Key, Any] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def note(name: str, side: str, value: Any) -> None:
+        key = Key(name, side, counts[name, side])
+        counts[name, side] += 1
+        seen[key] = keep(key, tensors(value))
+
+    handles = []
+    for name, module in watched.items():
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda m, a, k, name=name: note(name, "in", (a, k)), with_kwargs=True
+            )
+        )
+        handles.append(module.register_forward_hook(lambda m, a, o, name=name: note(name, "out", o)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def batch_size(inputs: Any) -> int | None:
+    """The size of dim 0 of the first input tensor that has one."""
+    return next((t.shape[0] for t in tensors(inputs) if t.dim()), None)
+
+
+def double_batch(inputs: Any, *, vectors: bool = True) -> Any:
+    """``inputs`` with the batch twice over: every tensor whose dim 0 is the batch is concatenated with itself.
+
+    ``vectors=False`` leaves one-dim tensors alone: a position vector may be as long as the batch by accident.
+    """
+    batch = batch_size(inputs)
+
+    def twice(tensor: Tensor) -> Tensor:
+        if tensor.dim() > (0 if vectors else 1) and tensor.shape[0] == batch:
+            return torch.cat([tensor, tensor])
+        return tensor
+
+    return copy_tree(inputs, twice)

@@ -1,0 +1,186 @@
+"""The meta twin: what shapes would this model's values have if it were not sharded?
+
+A copy of the module's own code with global parameter shapes runs at the real input shape and at twice the batch.
+Floating tensors have no values (meta device); integers keep theirs, because models branch on masks, positions and
+lengths. Sizes are proven by this, order never is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flex_model.layout.record import Key, double_batch, recorded
+from flex_model.trees import copy_tree
+
+__all__ = ["Twin", "TwinShapes"]
+
+aten = torch.ops.aten
+Shapes = dict[Key, list[tuple[int, ...]]]
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+class _IntegersAreReal(TorchDispatchMode):
+    """Floats are meta, integers and bools are real; an op that mixes them is meta."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        on_meta = any(t.is_meta for t in tensors)
+        if on_meta and func in _SUBSTITUTES:
+            return _SUBSTITUTES[func](*args, **kwargs)
+        if func is aten.histc.default and not args[0].is_floating_point():
+            args = (args[0].float(), *args[1:])
+        if kwargs.get("device") is not None:
+            kwargs["device"] = self._device(func, args, kwargs, tensors)
+        if on_meta and not all(t.is_meta for t in tensors):
+            args, kwargs = pytree.tree_map_only(Tensor, _to_meta, (args, kwargs))
+            if kwargs.get("device") is not None:
+                kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _device(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> torch.device:
+        device = torch.device(kwargs["device"])
+        if func is aten._to_copy.default:
+            if args[0].is_meta:
+                return torch.device("meta")
+            floating = (kwargs.get("dtype") or args[0].dtype).is_floating_point
+            return args[0].device if device.type == "meta" and not floating else device
+        if device.type != "meta" or tensors:
+            return device
+        arange = func in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+        integral = arange and not any(isinstance(a, float) for a in args)
+        dtype = kwargs.get("dtype") or (torch.long if integral else torch.get_default_dtype())
+        return device if dtype.is_floating_point or dtype.is_complex else torch.device("cpu")
+
+
+def _scalar(tensor: Tensor) -> object:
+    return True if tensor.dtype == torch.bool else 1
+
+
+def _nonzero(tensor: Tensor) -> Tensor:  # the most there can be: everything
+    return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device="meta")
+
+
+def _grouped_mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> Tensor:  # the meta kernel takes bf16 only
+    if a.dim() == 2 and b.dim() == 3:
+        return torch.empty((a.shape[0], b.shape[-1]), dtype=a.dtype, device="meta")
+    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return torch.empty((*lead, a.shape[-2], b.shape[-1]), dtype=a.dtype, device="meta")
+
+
+_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    aten._local_scalar_dense.default: _scalar,
+    aten.nonzero.default: _nonzero,
+    aten._grouped_mm.default: _grouped_mm,
+}
+
+
+def _is_mesh_state(value: object) -> bool:
+    return isinstance(value, (dist.ProcessGroup, DeviceMesh))
+
+
+@contextmanager
+def _stripped(model: nn.Module, plain_class: Callable[[nn.Module], type | None]) -> Iterator[dict[int, Any]]:
+    """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
+    memo: dict[int, Any] = {}
+    saved = []
+    for module in model.modules():
+        saved.append((module, dict(module.__dict__), module.__class__))
+        for key, value in list(module.__dict__.items()):
+            if key.startswith("__composable_api"):
+                del module.__dict__[key]
+            elif key.endswith("_hooks") or "_hooks_" in key:
+                module.__dict__[key] = type(value)() if value is not None else value
+            elif _is_mesh_state(value):
+                memo[id(value)] = None
+        module.__dict__.pop("forward", None)
+        plain = plain_class(module)
+        if plain is not None:
+            object.__setattr__(module, "__class__", plain)
+    for tensor in (*model.parameters(), *model.buffers()):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if not is_parameter and not tensor.is_floating_point():
+            continue
+        shape = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")  # a DTensor's shape is global
+        memo[id(tensor)] = nn.Parameter(shape, requires_grad=False) if is_parameter else shape
+    try:
+        yield memo
+    finally:
+        for module, attributes, cls in saved:
+            object.__setattr__(module, "__class__", cls)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+@dataclass
+class TwinShapes:
+    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``)."""
+
+    once: Shapes = field(default_factory=dict)
+    twice: Shapes = field(default_factory=dict)
+    failure: str = ""
+
+
+class Twin:
+    """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
+
+    def __init__(self, model: nn.Module, plain_class: Callable[[nn.Module], type | None]) -> None:
+        self._model, self._plain_class = model, plain_class
+
+    def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
+        """``names`` are the watched modules of the real model by clean name."""
+        out = TwinShapes()
+        try:
+            out.once = self._run(args, kwargs, names, 1)
+            out.twice = self._run(args, kwargs, names, 2)
+        except Exception as error:
+            out.failure = f"{type(error).__name__}: {str(error)[:200]}"
+        return out
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int) -> Shapes:
+        with _stripped(self._model, self._plain_class) as memo:
+            twin = copy.deepcopy(self._model, memo)
+        counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
+        watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
+
+        def convert(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()
+            return tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
+
+        def shapes(_: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
+            return [tuple(t.shape) for t in found]
+
+        args, kwargs = copy_tree(double_batch((args, kwargs)) if times == 2 else (args, kwargs), convert)
+        with torch.no_grad(), _nonzero_is_full(), recorded(watched, shapes) as seen, _IntegersAreReal():
+            twin(*args, **kwargs)
+        return seen
+
+
+@contextmanager
+def _nonzero_is_full() -> Iterator[None]:
+    from torch.fx.experimental import _config as config
+
+    before = config.meta_nonzero_assume_all_nonzero
+    config.meta_nonzero_assume_all_nonzero = True
+    try:
+        yield
+    finally:
+        with suppress(AttributeError):
+            config.meta_nonzero_assume_all_nonzero = before

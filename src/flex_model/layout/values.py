@@ -1,0 +1,85 @@
+"""Comparing values: within a rank by elements, across ranks by a small digest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+
+__all__ = ["Digest", "close", "digest", "local", "same"]
+
+_SAMPLES = 256
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The plain tensor this rank holds."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if isinstance(tensor, AsyncCollectiveTensor):
+        tensor = tensor.wait()
+    return tensor.detach()
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE.get(dtype, 0.1 if dtype.is_floating_point else 0.0)
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.nan_to_num(tensor.double(), nan=7.0, posinf=1e30, neginf=-1e30).clamp(-1e30, 1e30)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal within what the dtype can resolve, relative to the largest element."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.numel():
+        return True
+    x, y = _comparable(a), _comparable(b)
+    return bool((x - y).abs().max() <= _tolerance(a.dtype) * x.abs().max())
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A few numbers that equal tensors share: evenly spaced elements and their scale."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    samples: tuple[float, ...]
+    scale: float
+    tolerance: float
+
+    @property
+    def proves_nothing(self) -> bool:
+        """All elements alike: a replica and a shard of zeros would look the same."""
+        return len(set(self.samples)) <= 1
+
+
+def digest(tensor: Tensor) -> Digest:
+    tensor = local(tensor)
+    flat = tensor.flatten()
+    where = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.double).long()
+    samples = _comparable(flat[where.to(flat.device)]).flatten()
+    return Digest(
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype),
+        samples=tuple(samples.tolist()),
+        scale=float(samples.abs().max()) if flat.numel() else 0.0,
+        tolerance=_tolerance(tensor.dtype),
+    )
+
+
+def same(digests: list[Digest]) -> bool:
+    """Whether the tensors behind the digests are equal within their dtype's tolerance."""
+    one = digests[0]
+    margin = one.tolerance * one.scale
+    return all(
+        d.shape == one.shape
+        and d.dtype == one.dtype
+        and all(abs(x - y) <= margin for x, y in zip(d.samples, one.samples, strict=True))
+        for d in digests[1:]
+    )

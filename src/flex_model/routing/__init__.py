@@ -1,0 +1,1 @@
+"""Moving values between ranks: routes with gradients, delivery, selections."""

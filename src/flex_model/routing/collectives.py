@@ -1,0 +1,58 @@
+"""Bytes from rank to rank: the few collectives the library uses, for tensors of any dtype and of unequal sizes.
+
+Everything travels as bytes, so bool, fp8 and complex need nothing special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["all_gather_ints", "all_gather_objects", "all_gather_parts", "from_bytes", "to_bytes"]
+
+
+def to_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's elements as a flat uint8 tensor; no copy where it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def from_bytes(data: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    count = prod(shape) * dtype.itemsize
+    data = data[:count]
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).reshape(tuple(shape))
+
+
+def all_gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's tensor, in group order. ``shapes`` are all ranks' shapes; the dtype is the same on all."""
+    sizes = [prod(s) * local.dtype.itemsize for s in shapes]
+    width = max(sizes)
+    mine = to_bytes(local)
+    if mine.numel() < width:
+        mine = torch.cat([mine, mine.new_zeros(width - mine.numel())])
+    out = torch.empty(len(shapes) * width, dtype=torch.uint8, device=local.device)
+    if width:
+        dist.all_gather_into_tensor(out, mine, group=group)
+    rows = out.view(len(shapes), width) if width else out.view(len(shapes), 0)
+    return [from_bytes(rows[i], s, local.dtype) for i, s in enumerate(shapes)]
+
+
+def all_gather_ints(values: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+    """Every rank's integers, in group order; the count is the same on all ranks."""
+    mine = torch.tensor(list(values), dtype=torch.long, device=device)
+    out = mine.new_empty(dist.get_world_size(group) * len(values))
+    dist.all_gather_into_tensor(out, mine, group=group)
+    rows: list[list[int]] = out.view(-1, len(values)).tolist()
+    return rows
+
+
+def all_gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    out: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(out, value, group=group)
+    return out
