@@ -227,6 +227,18 @@ def _even_axes(runtime: Any, layout: Layout, call: ActiveCall) -> frozenset[int]
     return call.even_axes
 
 
+class _Alias(torch.autograd.Function):
+    """The same memory as another tensor of the graph, and no view: FSDP2 and in-place operations cannot take views."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 # -- gradients -------------------------------------------------------------------------------------------------
 def watch_gradient(
     runtime: Any, watchers: list[tuple[Bound, bool]], index: int, value: Tensor, call: ActiveCall, occurrence: int, side: str
@@ -241,7 +253,7 @@ def watch_gradient(
     bound = watchers[0][0]
     form = runtime.inference.form(Spot(bound.name, side, index, False, bound.override), value)
     _layout(runtime, bound, form, value, call, occurrence, now=False)
-    alias: Tensor = torch.ops.aten.alias(value)
+    alias: Tensor = _Alias.apply(value)
     alias.register_hook(partial(on_gradient, runtime, watchers, index, form, call))
     return alias
 

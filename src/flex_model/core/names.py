@@ -132,7 +132,7 @@ class Names:
         if any(c in pattern for c in "*?["):
             regex = glob_to_regex(self.strip(pattern))
             table = self.modules if of == "module" else self.parameters
-            found = [(n, n) for n in table if regex.fullmatch(n)]
+            found = [(n, n) for n in table if n and regex.fullmatch(n)]
             if not found:
                 raise NameNotFoundError(self._not_found(pattern, table, of))
             return found

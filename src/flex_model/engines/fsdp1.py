@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from flex_model.engines.engine import Engine, GradientSite
 from flex_model.layout.mesh import Axis
+from flex_model.routing.collectives import all_gather_flat
 
 __all__ = ["FSDP1Engine"]
 
@@ -111,7 +112,7 @@ class FSDP1Engine(Engine):
         flat = flat.detach().reshape(-1)
         if self._is_sharded(handle, flat):
             out = flat.new_empty(flat.numel() * dist.get_world_size(group))
-            dist.all_gather_into_tensor(out, flat.contiguous(), group=group)
+            all_gather_flat(out, flat.contiguous(), group=group)
             return out
         if handle.uses_sharded_strategy and flat is not handle.flat_param:
             flat = flat.clone()

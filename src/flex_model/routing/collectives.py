@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather_ints", "all_gather_objects", "all_gather_parts", "from_bytes", "to_bytes"]
+all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+
+__all__ = ["all_gather_flat", "all_gather_ints", "all_gather_objects", "all_gather_parts", "from_bytes", "to_bytes"]
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def all_gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], group: dist
         mine = torch.cat([mine, mine.new_zeros(width - mine.numel())])
     out = torch.empty(len(shapes) * width, dtype=torch.uint8, device=local.device)
     if width:
-        dist.all_gather_into_tensor(out, mine, group=group)
+        all_gather_flat(out, mine, group=group)
     rows = out.view(len(shapes), width) if width else out.view(len(shapes), 0)
     return [from_bytes(rows[i], s, local.dtype) for i, s in enumerate(shapes)]
 
@@ -47,7 +49,7 @@ def all_gather_ints(values: Sequence[int], group: dist.ProcessGroup, device: tor
     """Every rank's integers, in group order; the count is the same on all ranks."""
     mine = torch.tensor(list(values), dtype=torch.long, device=device)
     out = mine.new_empty(dist.get_world_size(group) * len(values))
-    dist.all_gather_into_tensor(out, mine, group=group)
+    all_gather_flat(out, mine, group=group)
     rows: list[list[int]] = out.view(-1, len(values)).tolist()
     return rows
 

@@ -20,7 +20,7 @@ from flex_model.errors import ShapeError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts, assemble, owners
-from flex_model.routing.collectives import all_gather_ints, from_bytes, to_bytes
+from flex_model.routing.collectives import all_gather_flat, all_gather_ints, from_bytes, to_bytes
 
 __all__ = ["Deliver", "Item", "deliver", "to_host"]
 
@@ -166,7 +166,7 @@ def _to_all(
         mine[: payload.numel()] = payload
     out = torch.empty(width * mesh.size, dtype=torch.uint8, device=device)
     if width:
-        dist.all_gather_into_tensor(out, mine, group=mesh.world)
+        all_gather_flat(out, mine, group=mesh.world)
     return {rank: out[rank * width : rank * width + size] for rank, size in enumerate(sizes)}
 
 
