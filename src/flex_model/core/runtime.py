@@ -185,7 +185,8 @@ class Runtime:
         """Forwards in here are nobody's call: no hook of ours does anything."""
         before, self.quiet = self.quiet, True
         try:
-            yield
+            with self.engines.undisturbed():
+                yield
         finally:
             self.quiet = before
 

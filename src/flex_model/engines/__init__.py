@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -64,6 +65,13 @@ class Engines:
                     axes.append(_named_apart(axis, axes))
         meshes = [m for e in self.found for m in e.meshes]
         return ModelMesh(*_on_grid(axes, meshes), timeout=timeout, mean=mean)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self.found:
+                stack.enter_context(engine.undisturbed())
+            yield
 
     def order(self, module: nn.Module, side: str, dim: int, ndim: int) -> int | str:
         for engine in self.found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -46,6 +48,20 @@ class DDPEngine(Engine):
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite:
         # Met before the reducer means it; equal gradients on all ranks pass the reducer unchanged.
         return GradientSite("local", {"data": Partial("avg")})
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        # Over tensor parallelism the first forward turns parameters into DTensors, with or without a graph to them.
+        modules = [m for m in self.ddp.modules() if any(hasattr(p, "_st_info") for p in m._parameters.values())]
+        before = [(m, dict(m.__dict__), dict(m._parameters)) for m in modules]
+        try:
+            yield
+        finally:
+            for module, attributes, parameters in before:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+                module._parameters.clear()
+                module._parameters.update(parameters)
 
     def keep_alive(self) -> bool:
         return not self.ddp.find_unused_parameters

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh, strided_order
 from flex_model.layout.mesh import Axis
+from flex_model.layout.values import sharding
 
 __all__ = ["DTensorEngine"]
 
@@ -21,14 +22,15 @@ class DTensorEngine(Engine):
 
     @classmethod
     def find(cls, module: nn.Module) -> DTensorEngine | None:
-        return cls(module) if any(isinstance(p, DTensor) for p in module.parameters()) else None
+        return cls(module) if any(sharding(p) is not None for p in module.parameters()) else None
 
     @property
     def meshes(self) -> list[DeviceMesh]:
         found: list[DeviceMesh] = []
         for parameter in self.module.parameters():
-            if isinstance(parameter, DTensor) and parameter.device_mesh not in found:
-                found.append(parameter.device_mesh)
+            spec = sharding(parameter)
+            if spec is not None and spec.mesh not in found:
+                found.append(spec.mesh)
         return found
 
     @property
@@ -42,5 +44,12 @@ class DTensorEngine(Engine):
         return GradientSite("local")
 
     def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor | None:
-        parameter = owner._parameters[attribute]
-        return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else None
+        parameter = getattr(owner, attribute)
+        spec = sharding(parameter)
+        if spec is None:
+            return None
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        whole = DTensor.from_local(
+            local.detach(), spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
+        )
+        return whole.full_tensor()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -95,6 +96,11 @@ class Engine:
     def add_to_gradient(self, owner: nn.Module, attribute: str, change: Tensor) -> None:
         """Add a full tensor to the accumulated gradient."""
         raise NotImplementedError(self.name)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Forwards in here leave no trace in what this engine keeps on the model."""
+        yield
 
     def keep_alive(self) -> bool:
         """Whether a parameter that gets no gradient would stall this engine's backward."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -43,6 +45,20 @@ class FSDP2Engine(Engine):
         bases = type(module).__bases__  # fully_shard makes a class of (FSDPModule, the original class)
         return next(b for b in bases if b is not FSDPModule)
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        # A forward leaves the root's parameters whole for a backward that will not come.
+        modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        before = [_is_sharded(m) for m in modules]
+        try:
+            yield
+        finally:
+            for module, was_sharded in zip(modules, before, strict=True):
+                if was_sharded and not _is_sharded(module):
+                    module.reshard()
+                elif not was_sharded and _is_sharded(module):
+                    module.unshard()
+
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
         # The parameter's own hook never fires, and a root whose inputs need no gradient is reduced at the very end.
         return GradientSite("finished") if isinstance(owner._parameters[attribute], DTensor) else None
@@ -68,6 +84,11 @@ class FSDP2Engine(Engine):
         assert grad is not None
         part = distribute_tensor(change, grad.device_mesh, grad.placements, src_data_rank=None)
         grad.to_local().add_(part.to_local())
+
+
+def _is_sharded(module: FSDPModule) -> bool:
+    groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
+    return all(group.is_sharded for group in groups)
 
 
 def _grad(owner: nn.Module, attribute: str) -> DTensor | None:

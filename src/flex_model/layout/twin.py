@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flex_model.layout.record import Key, double_batch, recorded
+from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
 __all__ = ["Twin", "TwinShapes"]
@@ -110,6 +112,8 @@ def _stripped(model: nn.Module, plain_class: Callable[[nn.Module], type | None])
                 module.__dict__[key] = type(value)() if value is not None else value
             elif _is_mesh_state(value):
                 memo[id(value)] = None
+            elif isinstance(value, DTensor):
+                memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
         module.__dict__.pop("forward", None)
         plain = plain_class(module)
         if plain is not None:
@@ -118,7 +122,8 @@ def _stripped(model: nn.Module, plain_class: Callable[[nn.Module], type | None])
         is_parameter = isinstance(tensor, nn.Parameter)
         if not is_parameter and not tensor.is_floating_point():
             continue
-        shape = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")  # a DTensor's shape is global
+        spec = sharding(tensor)  # it knows the global shape
+        shape = torch.empty(tuple(tensor.shape if spec is None else spec.shape), dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(shape, requires_grad=False) if is_parameter else shape
     try:
         yield memo

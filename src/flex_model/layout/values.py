@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Digest", "close", "digest", "local", "same"]
+__all__ = ["Digest", "close", "digest", "local", "same", "sharding"]
 
 _SAMPLES = 256
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def sharding(tensor: Tensor) -> Any:
+    """The DTensor spec of a tensor, also of a parameter that DDP has made local between forwards; None if plain."""
+    return tensor._spec if isinstance(tensor, DTensor) else getattr(tensor, "_st_info", None)
 
 
 def local(tensor: Tensor) -> Tensor:
