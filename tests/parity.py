@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flex_model import FlexModel, Site
 from flex_model.errors import FlexModelError
@@ -35,8 +36,6 @@ def compare(
     fm = FlexModel(model)
     names = [n for n in fm.wrapped_module_names if any((n, t, 0) in want for t in types)]
     count = Count()
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         acts = {
             t: stack.enter_context(fm.capture(names, hook_type=t, unpack_idx="all", deliver=deliver)) for t in types
@@ -47,40 +46,52 @@ def compare(
     for (name, kind, index), values in want.items():
         if kind not in types:
             continue
-        several = sum(1 for n, k, _ in want if (n, k) == (name, kind)) > 1
-        sites = {i for n, k, i in want if n == name and k == kind.replace("full_backward_pre", "forward").replace("full_backward", "forward_pre")}
-        count_of = max(len(sites), 1) if "backward" in kind else (2 if several else 1)
-        key = as_key(name, kind, index, count_of)
+        at = {"full_backward_pre": "forward", "full_backward": "forward_pre"}.get(kind, kind)
+        key = as_key(name, kind, index, sum(1 for n, k, _ in want if (n, k) == (name, at)))
         label = f"{name or '(root)'}.{kind}[{index}]"
         try:
             got: Any = acts[kind].calls(key)
         except (FlexModelError, KeyError) as error:
             got = error
-        if not isinstance(got, Exception) and "backward" in kind:
-            values = values  # both in the order of arrival
         count.add(label, got, values, tolerance)
-    for name, p in plain.named_parameters():
-        if backward and p.grad is not None:
-            continue
     return count
 
 
-def gradients_match(fm: FlexModel, plain: nn.Module, tolerance: float = 1e-5) -> list[str]:
+def full_gradients(fm: FlexModel) -> dict[str, Tensor]:
+    """The full gradient of every parameter, whatever the engine keeps of it."""
+    runtime = fm._runtime
+    out = {}
+    flat = next((e for e in runtime.engines.found if e.name == "FSDP1"), None)
+    if flat is not None:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        for wrapper in FullyShardedDataParallel.fsdp_modules(fm.module):
+            prefix = next(n for n, m in fm.module.named_modules() if m is wrapper)
+            handle = wrapper._handle
+            for info, fqn in zip(handle.flat_param._param_infos, handle.flat_param._fqns, strict=True):
+                name = ".".join([runtime.names.strip(prefix)] * bool(prefix) + [fqn]) if prefix else fqn
+                out[runtime.names.strip(name)] = flat.full_gradient(info.module, info.param_name, None)
+        return out
+    for name, parameter in fm.named_parameters():
+        grad, spec = parameter.grad, getattr(parameter, "_st_info", None)
+        if spec is not None and grad is not None:
+            grad = DTensor.from_local(
+                grad, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
+            )
+        if grad is not None:
+            out[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return out
+
+
+def wrong_gradients(fm: FlexModel, plain: nn.Module, tolerance: float = 1e-5) -> list[str]:
     """Parameters whose full gradient differs from the oracle's."""
-    bad = []
-    table = dict(fm.named_parameters())
+    mine, bad = full_gradients(fm), []
     for name, parameter in plain.named_parameters():
-        mine = table.get(name)
-        if mine is None or parameter.grad is None:
+        if parameter.grad is None:
             continue
-        grad = mine.grad
-        if grad is None:
-            bad.append(f"{name}: none")
-            continue
-        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        error = relative_error(grad, parameter.grad)
-        if error > tolerance:
-            bad.append(f"{name}: {error:.2g}")
+        error = relative_error(mine[name], parameter.grad) if name in mine else float("nan")
+        if not error <= tolerance:
+            bad.append(f"{name}: off by {error:.2g}")
     return bad
 
 
@@ -90,5 +101,3 @@ def square(output: Any) -> Tensor:
     logits = logits if isinstance(logits, Tensor) else logits[0]
     return logits.float().pow(2).mean()
 
-
-torch.manual_seed(0)

@@ -34,6 +34,7 @@ class Bound:
     gradient_sink: Sink | None = None
     edit: EditCall | None = None
     wants_call: bool = False
+    takes_value_only: bool = False
     deliver: Deliver = "main"
     attached: bool = False
     selection: Selection | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flex_model.core.bound import Bound, check_expected
-from flex_model.core.call import Staged, in_backward
+from flex_model.core.call import Staged
 from flex_model.core.editing import check_answer
 from flex_model.errors import ShapeError
 
@@ -64,12 +64,11 @@ def _capture(runtime: Runtime, point: Point, bound: Bound) -> Hook:
     key = bound.key
 
     def capture(module: nn.Module, args: Any, output: Any) -> Any:
-        call = runtime.active
-        if type(output) is not Tensor or call is None or runtime.quiet or runtime.mesh.axes:
+        call = runtime.active  # None within probes and recomputations
+        if call is None or type(output) is not Tensor:
             return point.on_output(module, args, output)
-        if in_backward() == -1:
-            bound.fired += 1
-            call.staged.append(Staged(bound, key, output.detach().clone()))
+        bound.fired += 1
+        call.staged.append(Staged(bound, key, output.detach().clone()))
         return None
 
     return capture
@@ -77,23 +76,21 @@ def _capture(runtime: Runtime, point: Point, bound: Bound) -> Hook:
 
 def _edit(runtime: Runtime, point: Point, bound: Bound) -> Hook:
     edit, save_ctx, modules, site = bound.edit, runtime.save_ctx, runtime.modules, bound.site(0)
+    grad_enabled, mark = torch.is_grad_enabled, (id(bound), 0)
+    alone = bound.hook.editing_function if bound.takes_value_only else None
     assert edit is not None
 
     def change(module: nn.Module, args: Any, output: Any) -> Any:
-        if (
-            type(output) is not Tensor
-            or runtime.active is None
-            or runtime.quiet
-            or runtime.mesh.axes
-            or in_backward() != -1
-        ):
+        call = runtime.active
+        if call is None or type(output) is not Tensor:
             return point.on_output(module, args, output)
-        if torch.is_grad_enabled():  # a recomputation must see save_ctx as it is now
-            runtime.active.snapshots[id(bound), 0] = save_ctx.snapshot()
-            runtime.active.edited = True
-        out = edit(module, output, save_ctx, modules, site, None)
+        if grad_enabled():  # a recomputation must see save_ctx as it is now
+            call.snapshots[mark] = save_ctx.snapshot()
+        out = alone(output) if alone is not None else edit(module, output, save_ctx, modules, site, None)
         bound.fired += 1
-        if out is not None and (type(out) is not Tensor or out.shape != output.shape or out.dtype != output.dtype):
+        if out is not None and (
+            type(out) is not Tensor or not out.is_same_size(output) or out.dtype is not output.dtype
+        ):
             check_answer(bound, output, out)
         return out
 

@@ -115,12 +115,20 @@ def _is_shape(shape: object) -> bool:
 EditCall = Callable[[nn.Module, Any, Any, Any, Site, "Call | None"], Any]
 
 
-def adapt_editing_function(fn: Callable[..., Any], where: str) -> tuple[EditCall, bool]:
-    """``fn`` in one calling form, whichever of the accepted ones it has, and whether it asks for ``call``."""
+class Adapted(NamedTuple):
+    """An editing function in one calling form; whether it asks for ``call``, and whether it takes the value alone."""
+
+    call: EditCall
+    wants_call: bool = False
+    value_only: bool = False
+
+
+def adapt_editing_function(fn: Callable[..., Any], where: str) -> Adapted:
+    """``fn`` in one calling form, whichever of the accepted ones it has."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):  # builtins such as torch.relu do not tell
-        return (lambda module, x, save_ctx, modules, site, call: fn(x)), False
+        return Adapted(lambda module, x, save_ctx, modules, site, call: fn(x), value_only=True)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in positional if p.default is p.empty and p.name not in ("site", "call")]
     star = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -130,16 +138,16 @@ def adapt_editing_function(fn: Callable[..., Any], where: str) -> tuple[EditCall
     def keywords(site: Site, call: Call | None) -> dict[str, Any]:
         return {n: (site if n == "site" else call) for n in extra}
 
+    wants_call = "call" in extra
     if len(needed) == 4 or (star and not needed):
-        if not extra:
-            return (lambda module, x, save_ctx, modules, site, call: fn(module, x, save_ctx, modules)), False
-        return (
-            lambda module, x, save_ctx, modules, site, call: fn(module, x, save_ctx, modules, **keywords(site, call))
-        ), "call" in extra
+        return Adapted(
+            lambda module, x, save_ctx, modules, site, call: fn(module, x, save_ctx, modules, **keywords(site, call)),
+            wants_call,
+        )
     if len(needed) == 1 or (not needed and positional):
         if not extra:
-            return (lambda module, x, save_ctx, modules, site, call: fn(x)), False
-        return (lambda module, x, save_ctx, modules, site, call: fn(x, **keywords(site, call))), "call" in extra
+            return Adapted(lambda module, x, save_ctx, modules, site, call: fn(x), value_only=True)
+        return Adapted(lambda module, x, save_ctx, modules, site, call: fn(x, **keywords(site, call)), wants_call)
     raise RegistrationError(
         f"{where}: the editing function takes {len(needed)} positional arguments "
         f"({', '.join(p.name for p in needed)}); expected fn(current_module, inputs, save_ctx, modules) or fn(x)."

@@ -44,9 +44,7 @@ def bind(
             raise RegistrationError(f"{where}: the parameter does not require a gradient, so it will never have one.")
     else:
         module = runtime.names.modules[name]
-    edit, wants_call = None, False
-    if hook.editing_function is not None:
-        edit, wants_call = adapt_editing_function(hook.editing_function, where)
+    edit = None if hook.editing_function is None else adapt_editing_function(hook.editing_function, where)
     mesh = runtime.mesh
     axes = None
     if hook.axes is not None and mesh.axes:
@@ -58,7 +56,19 @@ def bind(
         override = tuple(sorted(parse_layout(hook.layout, mesh, where).items(), key=lambda p: p[0]))
     selection = None if hook.select is None else Selection(hook.select)
     return Bound(
-        hook, hook_type, name, key, module, sink, None, edit, wants_call, deliver, False, selection, override, axes,
+        hook=hook,
+        hook_type=hook_type,
+        name=name,
+        key=key,
+        module=module,
+        sink=sink,
+        edit=None if edit is None else edit.call,
+        wants_call=edit is not None and edit.wants_call,
+        takes_value_only=edit is not None and edit.value_only,
+        deliver=deliver,
+        selection=selection,
+        override=override,
+        axes=axes,
         temporary=temporary,
     )
 

@@ -169,6 +169,7 @@ class Runtime:
             return
         if self._engine_mark() != self._mark:
             self.refresh()
+            self.install()
         self.active = ActiveCall(module, self.calls, args, kwargs)
         self.calls += 1
         if self.mesh.axes:
@@ -183,12 +184,13 @@ class Runtime:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Forwards in here are nobody's call: no hook of ours does anything."""
-        before, self.quiet = self.quiet, True
+        before = self.quiet, self.active
+        self.quiet, self.active = True, None
         try:
             with self.engines.undisturbed():
                 yield
         finally:
-            self.quiet = before
+            self.quiet, self.active = before
 
     def call_now(self) -> ActiveCall:
         """The call a firing belongs to; in a recomputation, the one whose backward runs."""

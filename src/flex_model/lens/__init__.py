@@ -9,6 +9,7 @@ from flex_model.lens.induction import (
     remove_heads,
     repeated_loss,
     repeated_tokens,
+    top_heads,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "remove_heads",
     "repeated_loss",
     "repeated_tokens",
+    "top_heads",
 ]

@@ -1,7 +1,7 @@
 """Induction heads: attention heads that find where a token occurred before, and look at what came after it.
 
 Random tokens repeated once show them: nothing else helps to predict the second copy. After Olsson et al., "In-context
-Learning and Induction Heads" (2022).
+Learning and Induction Heads" (2022). For transformers' decoders, under any parallelism.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "remove_heads",
     "repeated_loss",
     "repeated_tokens",
+    "top_heads",
 ]
 
 # What decoders call their attention modules, and inside them the projection that mixes the heads.
@@ -64,12 +65,6 @@ class Induction:
     loss_without: CopyLoss
     logits: Tensor = field(repr=False)
 
-    def top(self, count: int) -> list[tuple[Head, float]]:
-        """The heads with the highest scores, best first."""
-        values, places = self.scores.flatten().topk(min(count, self.scores.numel()))
-        width = self.scores.shape[1]
-        return [(Head(*divmod(int(i), width)), float(v)) for i, v in zip(places, values, strict=True)]
-
     def difference(self, other: Induction) -> dict[str, float]:
         """The largest absolute difference from another run of the same measurement, by kind of result."""
         mine, theirs = ([*asdict(x.loss).values(), *asdict(x.loss_without).values()] for x in (self, other))
@@ -86,7 +81,7 @@ class Induction:
         table = Table("layer", "head", "score", title="Induction heads", title_justify="left")
         for column in table.columns:
             column.justify = "right"
-        for head, score in self.top(count):
+        for head, score in top_heads(self.scores, count):
             table.add_row(str(head.layer), str(head.head), f"{score:.3f}")
         return table
 
@@ -96,13 +91,13 @@ class Induction:
         from matplotlib.patches import Rectangle
 
         layers, heads = self.scores.shape
-        figure = Figure(figsize=(max(4.0, 1.6 + 0.3 * layers), max(2.4, 1.2 + 0.3 * heads)), layout="constrained")
+        figure = Figure(figsize=(max(6.5, 1.6 + 0.3 * layers), max(2.5, 1.1 + 0.3 * heads)), layout="constrained")
         axes = figure.add_subplot()
-        image = axes.imshow(self.scores.T, cmap="Blues", vmin=0, vmax=1)
+        image = axes.imshow(self.scores.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for layer, head in self.removed:
             axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="#d1495b", lw=1.5))
         axes.set(xlabel="layer", ylabel="head", yticks=range(heads))
-        axes.set_title("Attention to the token after the previous occurrence", loc="left", fontsize=11)
+        axes.set_title("Attention to the token after the previous occurrence (outlined: removed)", loc="left")
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label="mean attention", pad=0.02)
         figure.savefig(Path(path), dpi=160)
@@ -145,6 +140,13 @@ def induction_scores(fm: FlexModel, ids: Tensor) -> Tensor:
     return _observe(fm, ids)[0]
 
 
+def top_heads(scores: Tensor, count: int) -> list[tuple[Head, float]]:
+    """The heads with the highest scores (layers, heads), best first."""
+    values, places = scores.flatten().topk(min(count, scores.numel()))
+    width = scores.shape[1]
+    return [(Head(*divmod(int(i), width)), float(v)) for i, v in zip(places, values, strict=True)]
+
+
 @contextmanager
 def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
     """Zero the outputs of (layer, head) pairs while the block runs, where the output projection takes them in.
@@ -177,12 +179,11 @@ def measure(
     progress("attention of every layer")
     scores, logits = _observe(fm, ids)
     whole = fm.full_batch(ids)
-    clean = Induction(scores, repeated_loss(logits, whole), (), CopyLoss(0, 0), logits)
-    heads = tuple(head for head, _ in clean.top(top))
+    heads = tuple(head for head, _ in top_heads(scores, top))
     progress(f"loss without the top {len(heads)} heads")
     with remove_heads(fm, heads):
         loss_without = repeated_loss(_logits(fm, ids), whole)
-    return Induction(scores, clean.loss, heads, loss_without, logits)
+    return Induction(scores, repeated_loss(logits, whole), heads, loss_without, logits)
 
 
 def _observe(fm: FlexModel, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,207 @@
+"""``flex-model``: analyses from the command line. It starts the processes itself unless torchrun did."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"flex-model needs {missing.name}; run: pip install 'flex-model[cli]'") from missing
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from flex_model import FlexModel, FlexModelError
+from flex_model.cli_models import ModelError, check_split, find_model, require
+from flex_model.lens.induction import Induction, measure, repeated_tokens
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What each process is told: where the weights are, over how many processes, and what to measure on."""
+
+    name: str
+    folder: Path
+    out: Path
+    tp: int
+    top: int
+    ids: torch.Tensor  # (B, 2 * length)
+
+
+def main() -> None:
+    """The ``flex-model`` script."""
+    app()
+
+
+@app.callback()
+def flex_model() -> None:
+    """Read, edit and probe models that are spread over many processes."""
+
+
+@app.command()
+def induction(
+    model: Annotated[str, typer.Option(help="A folder of transformers weights, a GGUF, or: smollm2")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where the picture and the scores go")],
+    tp: Annotated[int, typer.Option(min=1, help="Processes to split each layer over")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="Heads to show and to remove")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences")] = 2,
+    length: Annotated[int, typer.Option(min=2, help="Random tokens, before they are repeated")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the random tokens")] = 0,
+    cache: Annotated[
+        Path, typer.Option(envvar="FLEX_MODEL_CACHE", file_okay=False, help="Where converted models are kept")
+    ] = Path(".models"),
+) -> None:
+    """Find a model's induction heads, remove them while it runs split, and compare with one process."""
+    with _told():
+        _check_start(tp)
+        require(["transformers", "safetensors", "accelerate"], install="'flex-model[hf]'")
+        require(["matplotlib"], install="'flex-model[plot]'")
+        with Console(stderr=True).status(f"preparing {model}"), _quiet_transformers():
+            folder = find_model(model, cache)
+            config = check_split(folder, tp)
+        ids = _tokens(config, batch, length, seed)
+        out.mkdir(parents=True, exist_ok=True)
+        job = Job(model, folder, out, tp, top, ids)
+        if tp == 1 or "RANK" in os.environ:
+            run(job)
+        else:
+            _launch(job)
+
+
+@record
+def run(job: Job) -> None:
+    """One process's part; the first one reports, and then does the same job alone on an unsplit model."""
+    rank = int(os.environ.get("RANK", 0))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.tp))
+    with _steps(Console(quiet=rank != 0), 6 if job.tp > 1 else 3) as (console, step):
+        split = _measure(job, job.tp, step)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if rank == 0:
+            _report(console, job, split)
+        if rank == 0 and job.tp > 1:
+            torch.set_num_threads(os.cpu_count() or 1)
+            alone = _measure(job, 1, step)
+            alone.save_json(job.out / "one_process.json")
+            differences = ", ".join(f"{what} {d:.1e}" for what, d in split.difference(alone).items())
+            console.print(f"Largest difference from the same job on one process: {differences}.")
+
+
+def _measure(job: Job, tp: int, step: Callable[[str], None]) -> Induction:
+    where = f"over {tp} processes" if tp > 1 else "on one process"
+    step(f"loading {job.name} {where}")
+    fm = FlexModel(_load(job.folder, tp))
+    return measure(fm, job.ids.to(fm.device), top=job.top, progress=lambda what: step(f"{what}, {where}"))
+
+
+def _load(folder: Path, tp: int) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    with _quiet_transformers():
+        if tp > 1:
+            split = DistributedConfig(tp_size=tp)
+            model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=split, attn_implementation="eager")
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+    module: torch.nn.Module = model.eval()
+    return module
+
+
+def _report(console: Console, job: Job, found: Induction) -> None:
+    picture = found.heatmap(job.out / "induction.png")
+    scores = found.save_json(job.out / "induction.json")
+    console.print(found.table(job.top))
+    console.print(
+        f"Loss on the repeated tokens: {found.loss.second:.3f}; with these {len(found.removed)} heads removed: "
+        f"{found.loss_without.second:.3f} (tokens seen for the first time: {found.loss.first:.3f})."
+    )
+    console.print(f"Wrote {picture} and {scores}.")
+
+
+def _tokens(config: Any, batch: int, length: int, seed: int) -> torch.Tensor:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and 2 * length > longest:
+        raise ModelError(f"--length {length} makes {2 * length} positions, and the model has {longest}.")
+    high = min(15_000, config.vocab_size)  # the rarest tokens of a large vocabulary are hardly trained
+    return repeated_tokens(batch, length, seed, low=min(500, high // 2), high=high)
+
+
+def _check_start(tp: int) -> None:
+    world = int(os.environ.get("WORLD_SIZE", tp))
+    if "RANK" in os.environ and world != tp:
+        raise ModelError(f"--tp {tp} was asked for, but torchrun started {world} processes.")
+
+
+def _launch(job: Job) -> None:
+    """Start ``job.tp`` processes on this machine with torchrun's own launcher."""
+    if torch.cuda.device_count() < job.tp:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL takes one process a device: all of them go to the CPU
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.tp,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, run)(job)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message: Any = failure.message
+        raise FlexModelError(
+            f"process {rank} failed: {message['message'] if isinstance(message, dict) else message}"
+        ) from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Our errors end the command with their one sentence, said by the first process only."""
+    try:
+        yield
+    except FlexModelError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _steps(console: Console, total: int) -> Iterator[tuple[Console, Callable[[str], None]]]:
+    """A progress bar, and the function that names each step as it begins."""
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        done = count()
+        yield progress.console, lambda what: progress.update(task, description=what, completed=next(done))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars but ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
