@@ -57,8 +57,11 @@ def compare(
     return count
 
 
-def full_gradients(fm: FlexModel) -> dict[str, Tensor]:
-    """The full gradient of every parameter, whatever the engine keeps of it."""
+def full_gradients(fm: FlexModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The full gradient of every parameter, whatever the engine keeps of it.
+
+    ``parameters`` are those from before the forward: DDP over tensor parallelism replaces them in it.
+    """
     runtime = fm._runtime
     out = {}
     flat = next((e for e in runtime.engines.found if e.name == "FSDP1"), None)
@@ -72,7 +75,7 @@ def full_gradients(fm: FlexModel) -> dict[str, Tensor]:
                 name = ".".join([runtime.names.strip(prefix)] * bool(prefix) + [fqn]) if prefix else fqn
                 out[runtime.names.strip(name)] = flat.full_gradient(info.module, info.param_name, None)
         return out
-    for name, parameter in fm.named_parameters():
+    for name, parameter in parameters.items():
         grad, spec = parameter.grad, getattr(parameter, "_st_info", None)
         if spec is not None and grad is not None:
             grad = DTensor.from_local(
@@ -83,9 +86,11 @@ def full_gradients(fm: FlexModel) -> dict[str, Tensor]:
     return out
 
 
-def wrong_gradients(fm: FlexModel, plain: nn.Module, tolerance: float = 1e-5) -> list[str]:
+def wrong_gradients(
+    fm: FlexModel, plain: nn.Module, parameters: dict[str, Tensor], tolerance: float = 1e-5
+) -> list[str]:
     """Parameters whose full gradient differs from the oracle's."""
-    mine, bad = full_gradients(fm), []
+    mine, bad = full_gradients(fm, parameters), []
     for name, parameter in plain.named_parameters():
         if parameter.grad is None:
             continue

@@ -77,13 +77,14 @@ def problems(engine: str, site: str, hook_type: str, run: str, trainable: bool) 
         "full_backward_pre": fm.register_full_backward_pre_hook,
     }[hook_type]
     register(HookFunction(site, editing_function=edit, run=run))
+    parameters = dict(fm.named_parameters())
     output = fm(placed.mine(full))
     engines.local_loss(engine, output).backward()
     bad = []
     error = relative_error(engines.whole(fm.full_output(output)), expected)
     if error > 1e-5:
         bad.append(f"output off by {error:.2g}")
-    bad += parity.wrong_gradients(fm, plain)
+    bad += parity.wrong_gradients(fm, plain, parameters)
     if trainable:
         for (name, p), (_, q) in zip(fm.trainable_modules.named_parameters(), probe.named_parameters(), strict=True):
             error = relative_error(engines.whole(p.grad), q.grad)

@@ -20,7 +20,8 @@ except ModuleNotFoundError as missing:
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from flex_model import FlexModel, FlexModelError
@@ -72,10 +73,8 @@ def induction(
         _check_start(tp)
         require(["transformers", "safetensors", "accelerate"], install="'flex-model[hf]'")
         require(["matplotlib"], install="'flex-model[plot]'")
-        with Console(stderr=True).status(f"preparing {model}"), _quiet_transformers():
-            folder = find_model(model, cache)
-            config = check_split(folder, tp)
-        ids = _tokens(config, batch, length, seed)
+        folder = find_model(model, cache)
+        ids = _tokens(check_split(folder, tp), batch, length, seed)
         out.mkdir(parents=True, exist_ok=True)
         job = Job(model, folder, out, tp, top, ids)
         if tp == 1 or "RANK" in os.environ:
@@ -84,12 +83,11 @@ def induction(
             _launch(job)
 
 
-@record
 def run(job: Job) -> None:
     """One process's part; the first one reports, and then does the same job alone on an unsplit model."""
     rank = int(os.environ.get("RANK", 0))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.tp))
-    with _steps(Console(quiet=rank != 0), 6 if job.tp > 1 else 3) as (console, step):
+    with _steps(Console(quiet=rank != 0, soft_wrap=True), 6 if job.tp > 1 else 3) as (console, step):
         split = _measure(job, job.tp, step)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -100,7 +98,7 @@ def run(job: Job) -> None:
             alone = _measure(job, 1, step)
             alone.save_json(job.out / "one_process.json")
             differences = ", ".join(f"{what} {d:.1e}" for what, d in split.difference(alone).items())
-            console.print(f"Largest difference from the same job on one process: {differences}.")
+            console.print(f"Largest difference from one process: {differences}.")
 
 
 def _measure(job: Job, tp: int, step: Callable[[str], None]) -> Induction:
@@ -112,17 +110,17 @@ def _measure(job: Job, tp: int, step: Callable[[str], None]) -> Induction:
 
 def _load(folder: Path, tp: int) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
+    from transformers.utils import logging
 
-    with _quiet_transformers():
-        if tp > 1:
-            split = DistributedConfig(tp_size=tp)
-            model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=split, attn_implementation="eager")
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-    module: torch.nn.Module = model.eval()
-    return module
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one already
+    options: dict[str, Any] = {"attn_implementation": "eager"}
+    if tp > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=tp)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if tp == 1:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval()
 
 
 def _report(console: Console, job: Job, found: Induction) -> None:
@@ -130,8 +128,8 @@ def _report(console: Console, job: Job, found: Induction) -> None:
     scores = found.save_json(job.out / "induction.json")
     console.print(found.table(job.top))
     console.print(
-        f"Loss on the repeated tokens: {found.loss.second:.3f}; with these {len(found.removed)} heads removed: "
-        f"{found.loss_without.second:.3f} (tokens seen for the first time: {found.loss.first:.3f})."
+        f"Loss on the repeated half: {found.loss.second:.3f}; "
+        f"without these {len(found.removed)} heads: {found.loss_without.second:.3f}."
     )
     console.print(f"Wrote {picture} and {scores}.")
 
@@ -166,6 +164,8 @@ def _launch(job: Job) -> None:
     )
     try:
         elastic_launch(config, run)(job)
+    except SignalException as stopped:
+        raise typer.Exit(128 + int(stopped.sigval)) from stopped
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: Any = failure.message
@@ -189,19 +189,7 @@ def _told() -> Iterator[None]:
 def _steps(console: Console, total: int) -> Iterator[tuple[Console, Callable[[str], None]]]:
     """A progress bar, and the function that names each step as it begins."""
     columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         done = count()
         yield progress.console, lambda what: progress.update(task, description=what, completed=next(done))
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars but ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

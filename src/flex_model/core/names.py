@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from flex_model.errors import NameNotFoundError
 
@@ -61,6 +61,7 @@ class Names:
     def __init__(self, root: nn.Module) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.parameters: dict[str, tuple[nn.Module, str]] = {}  # clean name -> (owner, attribute)
+        self._holders: dict[str, nn.Parameter] = {}  # of parameters that an engine keeps elsewhere
         self._spellings: dict[str, str] = {}
         self._parameter_spellings: dict[str, str] = {}
         self._walk(root, "", "")
@@ -74,7 +75,7 @@ class Names:
         self._spellings.setdefault(clean, clean)
         self.modules[clean] = module
         for name, value in module._parameters.items():
-            if value is not None:
+            if value is not None and name != "_flat_param":
                 self._add_parameter(module, name, clean, raw)
         for name, child in module._modules.items():
             if child is not None:
@@ -85,6 +86,20 @@ class Names:
         self.parameters[clean_name] = (module, name)
         self._parameter_spellings[clean_name] = clean_name
         self._parameter_spellings[f"{raw}.{name}" if raw else name] = clean_name
+
+    def add_hidden(self, parameters: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
+        """Give names to parameters that their owners do not hold at the moment."""
+        owners = {id(m): n for n, m in self.modules.items()}
+        for owner, attribute, holder in parameters:
+            clean = owners[id(owner)]
+            self._add_parameter(owner, attribute, clean, clean)
+            self._holders[f"{clean}.{attribute}" if clean else attribute] = holder
+
+    def requires_grad(self, name: str) -> bool:
+        """Whether the parameter of this clean name will have a gradient."""
+        owner, attribute = self.parameters[name]
+        parameter = self._holders.get(name, owner._parameters.get(attribute))
+        return parameter is not None and parameter.requires_grad
 
     @property
     def root(self) -> nn.Module:
@@ -137,9 +152,3 @@ class Names:
                 raise NameNotFoundError(self._not_found(pattern, table, of))
             return found
         return [(pattern, self.clean(pattern, of=of))]
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, (owner, attribute) in self.parameters.items():
-            value = owner._parameters[attribute]
-            if value is not None:
-                yield name, value

@@ -38,9 +38,8 @@ def bind(
     name = runtime.names.clean(hook.module_name, of=of)
     where = f"{name or '(the model)'} ({hook_type})"
     if hook_type == "tensor":
-        module, attribute = runtime.names.parameters[name]
-        parameter = module._parameters[attribute]
-        if parameter is None or not parameter.requires_grad:
+        module, _ = runtime.names.parameters[name]
+        if not runtime.names.requires_grad(name):
             raise RegistrationError(f"{where}: the parameter does not require a gradient, so it will never have one.")
     else:
         module = runtime.names.modules[name]
@@ -124,7 +123,7 @@ def capture_bounds(
     found = [pair for p in patterns for pair in runtime.names.match(p, of=of)]
     found = list({clean: (key, clean) for key, clean in reversed(found)}.values())[::-1]
     if hook_type == "tensor":
-        found = [(k, c) for k, c in found if _has_gradient(runtime, c)] or found
+        found = [(k, c) for k, c in found if runtime.names.requires_grad(c)] or found
     elsewhere = "" if deliver != "main" or runtime.mesh.is_main else f"deliver='main' sent it to rank {runtime.mesh.main}."
     acts = Captured([key for key, _ in found], elsewhere)
     values, gradients = _ValueSink(acts), _GradientSink(acts)
@@ -134,9 +133,3 @@ def capture_bounds(
         bound = bind(runtime, hook, hook_type, key, values, deliver, temporary=True)
         bounds.append(replace(bound, attached=not detach, gradient_sink=gradients if grad else None))
     return bounds, acts
-
-
-def _has_gradient(runtime: Runtime, name: str) -> bool:
-    owner, attribute = runtime.names.parameters[name]
-    parameter = owner._parameters[attribute]
-    return parameter is not None and parameter.requires_grad

@@ -84,6 +84,7 @@ class Runtime:
         self.names = Names(self.module)
         self.root = self.names.root
         self.engines = Engines(self.module, self.root)
+        self.names.add_hidden(self.engines.hidden_parameters())
         self.mesh: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
         self.inference = Inference(self.engines, self.mesh, self.root)
         seed = self.context.seed if hasattr(self, "context") else 0
@@ -156,7 +157,7 @@ class Runtime:
     def _install_parameter(self, bound: Bound) -> None:
         owner, attribute = self.names.parameters[bound.name]
         _, site = self.engines.gradient_site(owner, attribute)
-        parameter = owner._parameters[attribute]
+        parameter = owner._parameters.get(attribute)
         if site.when == "local" and parameter is not None and parameter.requires_grad:
             self._handles.append(parameter.register_hook(partial(self._on_parameter, bound, dict(site.stated))))
 

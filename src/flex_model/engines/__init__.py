@@ -83,6 +83,9 @@ class Engines:
     def plain_class(self, module: nn.Module) -> type | None:
         return next((c for e in self.found if (c := e.plain_class(module)) is not None), None)
 
+    def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        return [hidden for e in self.found for hidden in e.hidden_parameters()]
+
     def gradient_site(self, owner: nn.Module, attribute: str) -> tuple[Engine | None, GradientSite]:
         """Who meets the gradient of a parameter and when; placements are those of all engines together."""
         sites = [(e, s) for e in self.found if (s := e.gradient_site(owner, attribute)) is not None]
@@ -97,7 +100,7 @@ class Engines:
             full = engine.full_parameter(owner, attribute)
             if full is not None:
                 return full
-        parameter = owner._parameters[attribute]
+        parameter = owner._parameters.get(attribute)
         assert parameter is not None
         return parameter.detach().clone()
 

@@ -77,6 +77,10 @@ class Engine:
         """The class a module had before this engine swapped it; None where it did not."""
         return None
 
+    def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """(owner, attribute, what holds it) of parameters that the owner itself does not have at the moment."""
+        return []
+
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
         """Where the gradient of a parameter is met; None: not my parameter."""
         return None

@@ -36,6 +36,15 @@ class FSDP1Engine(Engine):
             return [shard]
         return [Axis("dp_replicate", "data", tuple(dist.get_process_group_ranks(replicate))), shard]
 
+    def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        out = []
+        for wrapper in FSDP.fsdp_modules(self.module):
+            handle: Any = wrapper._handle
+            if handle is not None and not handle._use_orig_params:
+                infos = [*handle.flat_param._param_infos, *handle.flat_param._shared_param_infos]
+                out += [(i.module, i.param_name, handle.flat_param) for i in infos]
+        return out
+
     def _place(self, owner: nn.Module, attribute: str) -> tuple[Any, int, torch.Size] | None:
         """(handle, offset in the unsharded flat parameter, shape) of an original parameter."""
         for wrapper in FSDP.fsdp_modules(self.module):

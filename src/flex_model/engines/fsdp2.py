@@ -64,11 +64,11 @@ class FSDP2Engine(Engine):
         return GradientSite("finished") if isinstance(owner._parameters[attribute], DTensor) else None
 
     def gradient_before(self, owner: nn.Module, attribute: str) -> Tensor | None:
-        grad = _grad(owner, attribute)
+        grad = self._grad(owner, attribute)
         return None if grad is None else grad.to_local().detach().clone()
 
     def full_gradient(self, owner: nn.Module, attribute: str, before: Tensor | None) -> Tensor | None:
-        grad = _grad(owner, attribute)
+        grad = self._grad(owner, attribute)
         if grad is None:
             return None
         local = grad.to_local().detach()
@@ -79,8 +79,20 @@ class FSDP2Engine(Engine):
         )
         return new.full_tensor()
 
+    def _grad(self, owner: nn.Module, attribute: str) -> DTensor | None:
+        """The accumulated, sharded gradient; the module itself may hold the unsharded parameter at the moment."""
+        for module in self.module.modules():
+            groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
+            for parameter in (p for g in groups for p in g.fsdp_params):
+                info = parameter._module_info
+                places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+                if any(m is owner and n == attribute for m, n in places):
+                    grad = parameter.sharded_param.grad
+                    return grad if isinstance(grad, DTensor) else None
+        return None
+
     def add_to_gradient(self, owner: nn.Module, attribute: str, change: Tensor) -> None:
-        grad = _grad(owner, attribute)
+        grad = self._grad(owner, attribute)
         assert grad is not None
         part = distribute_tensor(change, grad.device_mesh, grad.placements, src_data_rank=None)
         grad.to_local().add_(part.to_local())
@@ -89,9 +101,3 @@ class FSDP2Engine(Engine):
 def _is_sharded(module: FSDPModule) -> bool:
     groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
     return all(group.is_sharded for group in groups)
-
-
-def _grad(owner: nn.Module, attribute: str) -> DTensor | None:
-    parameter = owner._parameters[attribute]
-    grad = None if parameter is None else parameter.grad
-    return grad if isinstance(grad, DTensor) else None

@@ -1,7 +1,7 @@
 """Induction heads: attention heads that find where a token occurred before, and look at what came after it.
 
-Random tokens repeated once show them: nothing else helps to predict the second copy. After Olsson et al., "In-context
-Learning and Induction Heads" (2022). For transformers' decoders, under any parallelism.
+Random tokens repeated once show them: nothing else helps to predict the second copy. After Olsson et al.,
+"In-context Learning and Induction Heads" (2022). For transformers' decoders, under any parallelism.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CopyLoss:
 
 @dataclass(frozen=True, slots=True)
 class Induction:
-    """What ``measure`` found. ``scores`` is (layers, heads), ``logits`` (B, S, vocabulary), of the unedited model."""
+    """What ``measure`` found. ``scores`` are (layers, heads), ``logits`` (B, S, vocabulary), both unedited."""
 
     scores: Tensor
     loss: CopyLoss
@@ -91,11 +91,13 @@ class Induction:
         from matplotlib.patches import Rectangle
 
         layers, heads = self.scores.shape
-        figure = Figure(figsize=(max(6.5, 1.6 + 0.3 * layers), max(2.5, 1.1 + 0.3 * heads)), layout="constrained")
+        size = max(6.5, 1.6 + 0.3 * layers), max(2.5, 1.1 + 0.3 * heads)
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(self.scores.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for layer, head in self.removed:
-            axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="#d1495b", lw=1.5))
+            corner = layer - 0.5, head - 0.5
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#d1495b", lw=1.5))
         axes.set(xlabel="layer", ylabel="head", yticks=range(heads))
         axes.set_title("Attention to the token after the previous occurrence (outlined: removed)", loc="left")
         axes.spines[:].set_visible(False)
@@ -122,7 +124,10 @@ def repeated_tokens(batch: int, length: int, seed: int = 0, *, low: int = 500, h
 
 
 def repeated_loss(logits: Tensor, ids: Tensor) -> CopyLoss:
-    """The loss of ``logits`` (B, 2L, vocabulary) on repeated tokens (B, 2L), each copy's first token left out."""
+    """The loss of ``logits`` (B, 2L, vocabulary) on repeated tokens (B, 2L).
+
+    Each copy's first token is left out: nothing before it says what it will be.
+    """
     length = ids.shape[1] // 2
     losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     losses = losses.view(len(ids), -1)
@@ -130,12 +135,12 @@ def repeated_loss(logits: Tensor, ids: Tensor) -> CopyLoss:
 
 
 def induction_scores(fm: FlexModel, ids: Tensor) -> Tensor:
-    """How much each head attends to the token after the previous occurrence: ``(layers, heads)``, on every rank.
+    """How much each head attends to the token after the previous occurrence: ``(layers, heads)``.
 
     >>> scores = induction_scores(fm, repeated_tokens(2, 50))   # doctest: +SKIP
 
-    The mean of the attention probabilities ``length - 1`` places back. The model must return them (transformers:
-    ``attn_implementation="eager"``). Collective.
+    The mean of the attention probabilities ``length - 1`` places back. The model must return them, as transformers
+    does with ``attn_implementation="eager"``. Collective; every rank gets the scores.
     """
     return _observe(fm, ids)[0]
 
@@ -149,7 +154,7 @@ def top_heads(scores: Tensor, count: int) -> list[tuple[Head, float]]:
 
 @contextmanager
 def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
-    """Zero the outputs of (layer, head) pairs while the block runs, where the output projection takes them in.
+    """Zero the outputs of (layer, head) pairs while the block runs, where the output projection takes them.
 
     >>> with remove_heads(fm, [(18, 6), (17, 3)]):   # doctest: +SKIP
     ...     fm(ids)
@@ -160,7 +165,7 @@ def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]]) -> Iterator[No
     for layer, head in heads:
         if not (0 <= layer < len(projections) and 0 <= head < count):
             raise FlexModelError(
-                f"there is no head ({layer}, {head}): the model has {len(projections)} layers of {count} heads."
+                f"there is no head ({layer}, {head}); there are {len(projections)} layers of {count} heads."
             )
         by_layer[layer].append(head)
     with ExitStack() as stack:
@@ -193,7 +198,7 @@ def _observe(fm: FlexModel, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = _logits(fm, ids)
     if not acts and not acts.refused:
         raise FlexModelError(
-            f"{names[0]!r} returns no attention probabilities; load the model with attn_implementation='eager'."
+            f"{names[0]!r} returns no attention probabilities; load it with attn_implementation='eager'."
         )
     back = 1 - ids.shape[1] // 2
     scores = [acts[name].float().diagonal(back, -2, -1).mean((0, 2)) for name in names]  # type: ignore[union-attr]
@@ -218,7 +223,8 @@ def _attention_sites(fm: FlexModel) -> list[tuple[str, str]]:
     ]
     if not sites:
         raise FlexModelError(
-            f"no attention found: expected modules called {', '.join(_ATTENTION)} that hold one of {', '.join(_PROJECTION)}."
+            f"no attention found; expected modules called {', '.join(_ATTENTION)} "
+            f"that hold one of {', '.join(_PROJECTION)}."
         )
     return sites
 
@@ -227,6 +233,6 @@ def _without(heads: list[int], count: int) -> Callable[[Tensor], Tensor]:
     zero = edits.zero(heads, dim=-2)
 
     def edit(x: Tensor) -> Tensor:  # (B, S, heads * head_dim)
-        return zero(x.unflatten(-1, (count, -1))).flatten(-2)
+        return zero(x.view(*x.shape[:-1], count, -1)).flatten(-2)
 
     return edit
