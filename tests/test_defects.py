@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from conftest import REGISTER, installed, keep, torch_hook
 from flex_model import DummyModule, FlexModel, HookFunction, Site
 from flex_model.errors import EditError, FlexModelError, GroupError, LayoutError, ShapeError
+from flex_model.trees import tensors
 from models import Block, inputs, make, net, tokens
 from oracle import relative_error
 from worlds import run_world
@@ -102,7 +103,12 @@ def test_1_a_hook_that_only_reads_changes_no_gradient(engine):
     run_world(2, _reading_changes_no_gradient, engine)
 
 
-def _gradients_through_an_edit(engine: str, run: str) -> None:
+def _gradients_through_an_edit(engine: str) -> None:
+    for run in ("every_rank", "one_rank"):
+        _gradients_of_a_run(engine, run)
+
+
+def _gradients_of_a_run(engine: str, run: str) -> None:
     plain, own = net(), probe()
     torch_hook(plain, UP, "forward", lambda x: own(x - x.mean(0)) * x.softmax(-1))
     loss(plain(tokens())).backward()
@@ -123,9 +129,8 @@ def _gradients_through_an_edit(engine: str, run: str) -> None:
 
 
 @ENGINES
-@pytest.mark.parametrize("run", ["every_rank", "one_rank"])
-def test_1_gradients_of_edits_and_trainable_modules_are_the_oracles(engine, run):
-    run_world(2, _gradients_through_an_edit, engine, run)
+def test_1_gradients_of_edits_and_trainable_modules_are_the_oracles(engine):
+    run_world(2, _gradients_through_an_edit, engine)
 
 
 # -- 2 ---------------------------------------------------------------------------------------------------------
@@ -283,18 +288,16 @@ def _contents_of(container: str, engine: str) -> None:
     expected = Held(container).linear(rows())
     fm = FlexModel(model if engine == "one process" else DDP(model))
     with fm.capture("place", unpack_idx=0) as first, fm.capture("place", unpack_idx=-1) as last:
-        with fm.capture("", hook_type="forward_pre") as given, fm.capture("place", hook_type="forward_pre") as before:
+        with fm.capture("linear", hook_type="forward_pre") as given, fm.capture("place", hook_type="forward_pre") as before:
             out = fm(x=x)
     assert relative_error(first["place"], expected) < 1e-6 and relative_error(before["place"], expected) < 1e-6
     assert relative_error(last["place"], expected * 2) < 1e-6
-    assert torch.equal(given[""], rows())
+    assert torch.equal(given["linear"], rows())
     assert type(out) is type(Held(container)(x=x))
     with fm.edit("place", lambda t: t * 10, unpack_idx="all"):
         edited = fm(x=x)
     with fm.edit("place", lambda t: None, unpack_idx="all"):
         same = fm(x=x)
-    from flex_model.trees import tensors
-
     for a, b, c in zip(tensors(out), tensors(edited), tensors(same), strict=True):
         assert torch.equal(b, a * 10) and torch.equal(c, a)
     assert type(edited) is type(out)
@@ -309,6 +312,24 @@ def test_6_tensors_are_found_in_any_value(container):
 @pytest.mark.parametrize("container", ["NamedTuple", "dataclass", "nested", "model output"])
 def test_6_tensors_are_found_in_any_value_under_ddp(container):
     run_world(2, _contents_of, container, "ddp")
+
+
+def _keyword_inputs_of_the_model(engine: str) -> None:
+    fm = FlexModel(Held("dict") if engine == "one process" else DDP(Held("dict")), {}, deliver="all")
+    fm.register_forward_pre_hook(HookFunction("", unpack_idx="x"))
+    x, changed = rows() if engine == "one process" else mine(engine, rows()), Held("dict")
+    with fm.edit("", lambda t: t + 1, hook_type="forward_pre"):
+        out = fm(x=x)
+    assert torch.equal(fm.output_ptr[""][0], rows())
+    assert relative_error(out["hidden"], changed(x=x + 1)["hidden"]) < 1e-6
+
+
+def test_6_keyword_inputs_of_the_model_itself():
+    _keyword_inputs_of_the_model("one process")
+
+
+def test_6_keyword_inputs_of_the_model_itself_under_ddp():
+    run_world(2, _keyword_inputs_of_the_model, "ddp")
 
 
 class Returns(nn.Module):
@@ -490,7 +511,12 @@ def test_9_uneven_batches(run):
 
 
 # -- 10 --------------------------------------------------------------------------------------------------------
-def _random_edits(engine: str, name: str) -> None:
+def _random_edits(engine: str) -> None:
+    for name in (UP, "norm"):
+        _random_edits_at(engine, name)
+
+
+def _random_edits_at(engine: str, name: str) -> None:
     def noise(x: Tensor) -> Tensor:
         return x + torch.randn_like(x)
 
@@ -506,12 +532,16 @@ def _random_edits(engine: str, name: str) -> None:
 
 
 @ENGINES
-@pytest.mark.parametrize("name", [UP, "norm"])
-def test_10_random_edits_are_those_of_one_process(engine, name):
-    run_world(2, _random_edits, engine, name)
+def test_10_random_edits_are_those_of_one_process(engine):
+    run_world(2, _random_edits, engine)
 
 
-def _one_rank_fails(engine: str, kind: str, run: str) -> None:
+def _one_rank_fails(engine: str, kinds: tuple[str, ...], run: str) -> None:
+    for kind in kinds:
+        _one_rank_fails_once(engine, kind, run)
+
+
+def _one_rank_fails_once(engine: str, kind: str, run: str) -> None:
     failing = [True]
 
     def edit(x: Tensor) -> Tensor:
@@ -540,14 +570,14 @@ def _one_rank_fails(engine: str, kind: str, run: str) -> None:
 
 
 @ENGINES
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_10_an_edit_that_raises_on_one_rank_raises_on_all(engine, kind):
-    run_world(2, _one_rank_fails, engine, kind, "every_rank")
+@pytest.mark.parametrize("kinds", [("forward", "forward_pre"), ("full_backward", "full_backward_pre")])
+def test_10_an_edit_that_raises_on_one_rank_raises_on_all(engine, kinds):
+    run_world(2, _one_rank_fails, engine, kinds, "every_rank")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "tp"])
 def test_10_an_edit_that_raises_on_the_one_rank_raises_on_all(engine):
-    run_world(2, _one_rank_fails, engine, "forward", "one_rank")
+    run_world(2, _one_rank_fails, engine, ("forward",), "one_rank")
 
 
 # -- 11 --------------------------------------------------------------------------------------------------------

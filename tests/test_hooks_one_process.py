@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from conftest import REGISTER, installed, keep, same_gradients, torch_hook, unchanged
 from flex_model import FlexModel, HookFunction, Site
 from models import net, tokens
+from oracle import relative_error
+from worlds import run_world
 
 PLACE = {kind: "layers.0.mlp" for kind in REGISTER} | {"tensor": "layers.0.mlp.up.weight"}
 KINDS = list(REGISTER)
@@ -541,10 +545,9 @@ def test_an_exception_in_the_model_leaves_nothing_behind(error):
         fm(tokens())
     assert list(acts) == []
     handle.remove()
-    out = fm(tokens())
-    assert torch.equal(out, net()(tokens())) and len(fm.output_ptr["layers.0"]) == 1
     model.layers[0](torch.randn(1, 2, 8))  # a part called by itself is a call of its own
-    assert len(fm.output_ptr["layers.0"]) == 2
+    assert len(fm.output_ptr["layers.0"]) == 1
+    assert torch.equal(fm(tokens()), net()(tokens())) and len(fm.output_ptr["layers.0"]) == 2
 
 
 def unchanged_but_fired(fm: FlexModel):
@@ -575,6 +578,50 @@ def test_an_exception_in_a_backward_hook_leaves_nothing_behind(kind):
     assert same_gradients(fm.module, plain)
     assert [torch.equal(a, b) for a, b in zip(fm.output_ptr["head"], seen, strict=True)] == [True]
     assert len(fm.output_ptr[PLACE[kind]]) == 1
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_of_a_call_outlives_it(backward):
+    fm, refs = FlexModel(net()), []
+
+    def first(module, x, save_ctx, modules):
+        save_ctx.x = x
+        refs.append(weakref.ref(x))
+
+    fm.register_forward_hook(HookFunction("layers.0.mlp", editing_function=first, capture=False))
+    fm.register_forward_hook(HookFunction("layers.1.mlp", editing_function=lambda x: x * 2, capture=False))
+    for _ in range(3):
+        outs = [fm(tokens()), fm(tokens())]
+        if backward:
+            sum(out.sum() for out in outs).backward()
+    del outs
+    gc.collect()
+    assert [r() is not None for r in refs] == [False] * 5 + [True]  # save_ctx has the last
+
+
+def test_inputs_do_not_outlive_a_call():
+    fm, x = FlexModel(nn.Sequential(nn.Identity())), torch.randn(3)
+    with fm.capture("0"):
+        fm(x)
+    ref = weakref.ref(x)
+    del x
+    gc.collect()
+    assert ref() is None
+
+
+def _in_place(world: bool) -> None:
+    ids = tokens().chunk(2)[dist.get_rank()] if world else tokens()
+    plain = net()
+    torch_hook(plain, "layers.0.norm", "forward_pre", lambda x: x * 2)
+    fm = FlexModel(nn.parallel.DistributedDataParallel(net()) if world else net())
+    with torch.no_grad(), fm.edit("layers.0.norm", lambda x: x.mul_(2), hook_type="forward_pre"):
+        out = fm(ids)
+    assert relative_error(out, plain(ids)) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_edit_in_place_changes_what_its_module_gets_and_no_other_value(ranks):
+    run_world(2, _in_place, True) if ranks == 2 else _in_place(False)
 
 
 def test_hooks_tells_how_often_each_fired():

@@ -79,17 +79,21 @@ class FSDP2Engine(Engine):
         )
         return new.full_tensor()
 
-    def _grad(self, owner: nn.Module, attribute: str) -> DTensor | None:
-        """The accumulated, sharded gradient; the module itself may hold the unsharded parameter at the moment."""
+    def _managed(self, owner: nn.Module, attribute: str) -> Any:
+        """FSDP2's record of a parameter; the module itself may hold the unsharded one at the moment."""
         for module in self.module.modules():
             groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
-            for parameter in (p for g in groups for p in g.fsdp_params):
-                info = parameter._module_info
+            for record in (p for g in groups for p in g.fsdp_params):
+                info = record._module_info
                 places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
                 if any(m is owner and n == attribute for m, n in places):
-                    grad = parameter.sharded_param.grad
-                    return grad if isinstance(grad, DTensor) else None
+                    return record
         return None
+
+    def _grad(self, owner: nn.Module, attribute: str) -> DTensor | None:
+        record = self._managed(owner, attribute)
+        grad = None if record is None else record.sharded_param.grad
+        return grad if isinstance(grad, DTensor) else None
 
     def add_to_gradient(self, owner: nn.Module, attribute: str, change: Tensor) -> None:
         grad = self._grad(owner, attribute)

@@ -23,6 +23,8 @@ from flex_model import FlexModel, FlexModelError, edits
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from flex_model.core.hook_function import RunMode
+
 __all__ = [
     "CopyLoss",
     "Head",
@@ -57,7 +59,11 @@ class CopyLoss:
 
 @dataclass(frozen=True, slots=True)
 class Induction:
-    """What ``measure`` found. ``scores`` are (layers, heads), ``logits`` (B, S, vocabulary), both unedited."""
+    """What ``measure`` found.
+
+    ``scores`` (layers, heads) and ``logits`` (B, S, vocabulary) are the unedited model's; ``loss_without`` is the
+    loss without the ``removed`` heads.
+    """
 
     scores: Tensor
     loss: CopyLoss
@@ -139,8 +145,8 @@ def induction_scores(fm: FlexModel, ids: Tensor) -> Tensor:
 
     >>> scores = induction_scores(fm, repeated_tokens(2, 50))   # doctest: +SKIP
 
-    The mean of the attention probabilities ``length - 1`` places back. The model must return them, as transformers
-    does with ``attn_implementation="eager"``. Collective; every rank gets the scores.
+    The mean of the attention probabilities ``length - 1`` places back. The model must return them, which in
+    transformers takes ``attn_implementation="eager"``. Collective; every rank gets the scores.
     """
     return _observe(fm, ids)[0]
 
@@ -153,7 +159,9 @@ def top_heads(scores: Tensor, count: int) -> list[tuple[Head, float]]:
 
 
 @contextmanager
-def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
+def remove_heads(
+    fm: FlexModel, heads: Iterable[tuple[int, int]], *, run: RunMode = "every_rank"
+) -> Iterator[None]:
     """Zero the outputs of (layer, head) pairs while the block runs, where the output projection takes them.
 
     >>> with remove_heads(fm, [(18, 6), (17, 3)]):   # doctest: +SKIP
@@ -170,7 +178,8 @@ def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]]) -> Iterator[No
         by_layer[layer].append(head)
     with ExitStack() as stack:
         for layer, inside in by_layer.items():
-            stack.enter_context(fm.edit(projections[layer], _without(inside, count), hook_type="forward_pre"))
+            edit = _without(inside, count)
+            stack.enter_context(fm.edit(projections[layer], edit, hook_type="forward_pre", run=run))
         yield
 
 
