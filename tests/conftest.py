@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from flex_model import FlexModel
+from torch import Tensor, nn
 
 REGISTER = {
     "forward": "register_forward_hook",

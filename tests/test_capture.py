@@ -1,4 +1,4 @@
-"""``fm.capture`` and ``fm.edit`` on one process: what they hold, for how long, and what they say when it is not there."""
+"""``fm.capture`` and ``fm.edit`` on one process: what they hold, for how long, and what they say of the rest."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from flex_model import FlexModel, HookFunction, Site, edits
+from flex_model.errors import DeliveryError, NameNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from conftest import installed, keep, same_gradients, torch_hook
-from flex_model import FlexModel, HookFunction, Site, edits
-from flex_model.errors import DeliveryError, NameNotFoundError
 from models import net, tokens
 
 MLPS = ["layers.0.mlp", "layers.1.mlp"]
@@ -90,9 +90,9 @@ def test_what_is_missing_says_why():
         with pytest.raises(DeliveryError, match=r"'layers\.0\.mlp' has not arrived"):
             _ = acts[MLPS[0]]
         fm(tokens())
-    with pytest.raises(KeyError, match="'head' was not asked for.*'layers.0.mlp'"):
+    with pytest.raises(KeyError, match=r"'head' was not asked for.*'layers.0.mlp'"):
         _ = acts["head"]
-    with pytest.raises(KeyError, match="gradient of 'layers.0.mlp' has not arrived.*backward"):
+    with pytest.raises(KeyError, match=r"gradient of 'layers.0.mlp' has not arrived.*backward"):
         acts.grad(MLPS[0])
     assert "head" not in acts and MLPS[0] in acts and acts.get("head") is None
 
@@ -170,7 +170,12 @@ def test_an_edit_over_a_pattern_takes_the_hooks_keywords():
     fm, plain, given = FlexModel(net()), net(), []
     for name in MLPS:
         torch_hook(plain, name, "forward_pre", lambda x: torch.cat([x[:, :-1], x[:, -1:] * 2], 1))
-    with fm.edit("layers.*.mlp", lambda x: (given.append(x.shape), x * 2)[1], hook_type="forward_pre", select=(slice(None), -1)) as hooks:
+    with fm.edit(
+        "layers.*.mlp",
+        lambda x: (given.append(x.shape), x * 2)[1],
+        hook_type="forward_pre",
+        select=(slice(None), -1),
+    ) as hooks:
         assert torch.equal(fm(tokens()), plain(tokens()))
         assert [h.module_name for h in hooks] == MLPS
     assert given == [(4, 8)] * 2

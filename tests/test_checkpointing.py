@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from flex_model import FlexModel, HookFunction
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conftest import REGISTER, gradients, keep, same_gradients, torch_hook
-from flex_model import FlexModel, HookFunction
 from models import Net, inputs, make, net, tokens
 from oracle import relative_error
 
@@ -63,7 +63,9 @@ def test_an_edit_runs_again(reentrant, name, kind, capture):
     plain, runs, seen = net(), [], []
     torch_hook(plain, name, kind, lambda x: (keep(seen)(x), x.softmax(-1) * x)[1])
     fm = FlexModel(checkpointed(reentrant), {})
-    hook = HookFunction(name, editing_function=lambda x: (runs.append(1), x.softmax(-1) * x)[1], capture=capture)
+    hook = HookFunction(
+        name, editing_function=lambda x: (runs.append(1), x.softmax(-1) * x)[1], capture=capture
+    )
     getattr(fm, REGISTER[kind])(hook)
     step(plain), step(fm)
     assert same_gradients(fm.module, plain) and len(runs) == 2
@@ -116,7 +118,11 @@ class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for _ in range(2):
-            x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+            x = (
+                self.block(x)
+                if self.reentrant is None
+                else checkpoint(self.block, x, use_reentrant=self.reentrant)
+            )
         return x
 
     def block(self, x: Tensor) -> Tensor:
@@ -135,7 +141,10 @@ def test_each_firing_of_a_module_has_its_own_snapshot(reentrant):
     fm.register_forward_hook(HookFunction("inner", editing_function=counting))
     for model in (plain, fm):
         model(x).sum().backward()
-    assert all(relative_error(a, b) < 1e-6 for a, b in zip(gradients(fm.module).values(), gradients(plain).values(), strict=True))
+    assert all(
+        relative_error(a, b) < 1e-6
+        for a, b in zip(gradients(fm.module).values(), gradients(plain).values(), strict=True)
+    )
 
 
 @BOTH
@@ -179,7 +188,9 @@ def test_a_trainable_module_in_a_recomputed_edit(reentrant):
     torch_hook(plain, "layers.0.mlp", "forward", mine)
     fm = FlexModel(checkpointed(reentrant))
     fm.register_trainable_module("probe", probe())
-    fm.register_forward_hook(HookFunction("layers.0.mlp", editing_function=lambda m, x, c, modules: modules["probe"](x)))
+    fm.register_forward_hook(
+        HookFunction("layers.0.mlp", editing_function=lambda m, x, c, modules: modules["probe"](x))
+    )
     step(plain), step(fm)
     assert same_gradients(fm.module, plain) and same_gradients(fm.trainable_modules["probe"], mine)
 
@@ -237,5 +248,8 @@ def test_checkpointing_of_a_language_model(reentrant):
     batch = inputs("llama")
     for m in (plain, fm):
         m(**batch).logits.pow(2).mean().backward()
-    assert torch.equal(fm.output_ptr["model.layers.0.mlp"][0], seen[0]) and len(fm.output_ptr["model.layers.0.mlp"]) == 1
+    assert (
+        torch.equal(fm.output_ptr["model.layers.0.mlp"][0], seen[0])
+        and len(fm.output_ptr["model.layers.0.mlp"]) == 1
+    )
     assert same_gradients(fm.module, plain)

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from flex_model import DummyModule, FlexModel, HookFunction, Site
+from flex_model.errors import EditError, FlexModelError, GroupError, LayoutError, ShapeError
+from flex_model.trees import tensors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -22,9 +25,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from conftest import REGISTER, installed, keep, torch_hook
-from flex_model import DummyModule, FlexModel, HookFunction, Site
-from flex_model.errors import EditError, FlexModelError, GroupError, LayoutError, ShapeError
-from flex_model.trees import tensors
 from models import Block, inputs, make, net, tokens
 from oracle import relative_error
 from worlds import run_world
@@ -75,13 +75,13 @@ def probe() -> nn.Module:
     return nn.Linear(16, 16)
 
 
-# -- 1 ---------------------------------------------------------------------------------------------------------
+# -- 1 -------------------------------------------------------------------------------------------------------
 def _reading_changes_no_gradient(engine: str) -> None:
     bare, wrapped, plain = parallel(engine), parallel(engine), net()
     fm = FlexModel(wrapped, {}, deliver="all")
     seen: dict[str, list[Tensor]] = {kind: [] for kind in REGISTER if kind != "tensor"}
-    for kind in seen:
-        torch_hook(plain, UP, kind, keep(seen[kind]))
+    for kind, values in seen.items():
+        torch_hook(plain, UP, kind, keep(values))
         getattr(fm, REGISTER[kind])(HookFunction(UP))
     loss(plain(tokens())).backward()
     expected = bare(mine(engine, tokens()))
@@ -133,7 +133,7 @@ def test_1_gradients_of_edits_and_trainable_modules_are_the_oracles(engine):
     run_world(2, _gradients_through_an_edit, engine)
 
 
-# -- 2 ---------------------------------------------------------------------------------------------------------
+# -- 2 -------------------------------------------------------------------------------------------------------
 def test_2_a_disabled_group_is_enabled_again():
     fm = FlexModel(net(), {})
     fm.create_hook_group("mlps", MLP)
@@ -161,7 +161,7 @@ def test_2_an_unknown_group_disables_nothing():
     assert len(fm.output_ptr[MLP]) == 1
 
 
-# -- 3 ---------------------------------------------------------------------------------------------------------
+# -- 3 -------------------------------------------------------------------------------------------------------
 def _part_of_the_world() -> None:
     group, rank = dist.new_group([1, 2]), dist.get_rank()
     if rank == 0:
@@ -203,7 +203,7 @@ def test_3_every_rank_flushes():
     run_world(2, _evaluation_of_unequal_length)
 
 
-# -- 4 ---------------------------------------------------------------------------------------------------------
+# -- 4 -------------------------------------------------------------------------------------------------------
 def _what_the_wrapper_offers(engine: str) -> None:
     fm, plain = FlexModel(parallel(engine), {}, deliver="all"), net()
     for name, parameter in plain.named_parameters():
@@ -211,7 +211,10 @@ def _what_the_wrapper_offers(engine: str) -> None:
     fm.register_trainable_module("probe", probe())
     assert fm.all_modules_names == [*(n for n, _ in plain.named_modules()), "probe"]
     assert {id(p) for p in fm.trainable_modules["probe"].parameters()} <= {id(p) for p in fm.parameters()}
-    assert [n for n, _ in fm.named_parameters()][-2:] == ["trainable_modules.probe.weight", "trainable_modules.probe.bias"]
+    assert [n for n, _ in fm.named_parameters()][-2:] == [
+        "trainable_modules.probe.weight",
+        "trainable_modules.probe.bias",
+    ]
     fm.create_hook_group("mlps", "mlp")
     fm(mine(engine, tokens()), groups="mlps")
     assert set(fm.output_ptr) == {n for n, _ in plain.named_modules() if "mlp" in n}
@@ -222,14 +225,14 @@ def test_4_hook_groups_parameters_names_and_trainable_modules(engine):
     run_world(2, _what_the_wrapper_offers, engine)
 
 
-# -- 5 ---------------------------------------------------------------------------------------------------------
+# -- 5 -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", REGISTER)
 def test_5_a_failed_registration_leaves_the_hook_usable(kind):
     name = "head.weight" if kind == "tensor" else "head"
     fm, hook = FlexModel(net(), {}), HookFunction("haed")
     register = getattr(fm, REGISTER[kind])
     for _ in range(2):
-        with pytest.raises(FlexModelError, match="'haed'.*'head"):
+        with pytest.raises(FlexModelError, match=r"'haed'.*'head"):
             register(hook)
     hook.module_name = name
     register(hook)
@@ -237,7 +240,7 @@ def test_5_a_failed_registration_leaves_the_hook_usable(kind):
     assert len(fm.output_ptr[name]) == 1
 
 
-# -- 6 ---------------------------------------------------------------------------------------------------------
+# -- 6 -------------------------------------------------------------------------------------------------------
 class Named(NamedTuple):
     hidden: Tensor
     twice: Tensor
@@ -287,10 +290,16 @@ def _contents_of(container: str, engine: str) -> None:
     x = rows() if engine == "one process" else mine(engine, rows())
     expected = Held(container).linear(rows())
     fm = FlexModel(model if engine == "one process" else DDP(model))
-    with fm.capture("place", unpack_idx=0) as first, fm.capture("place", unpack_idx=-1) as last:
-        with fm.capture("linear", hook_type="forward_pre") as given, fm.capture("place", hook_type="forward_pre") as before:
-            out = fm(x=x)
-    assert relative_error(first["place"], expected) < 1e-6 and relative_error(before["place"], expected) < 1e-6
+    with (
+        fm.capture("place", unpack_idx=0) as first,
+        fm.capture("place", unpack_idx=-1) as last,
+        fm.capture("linear", hook_type="forward_pre") as given,
+        fm.capture("place", hook_type="forward_pre") as before,
+    ):
+        out = fm(x=x)
+    assert (
+        relative_error(first["place"], expected) < 1e-6 and relative_error(before["place"], expected) < 1e-6
+    )
     assert relative_error(last["place"], expected * 2) < 1e-6
     assert torch.equal(given["linear"], rows())
     assert type(out) is type(Held(container)(x=x))
@@ -372,7 +381,7 @@ def test_6_parameters_and_dtensors_are_captured():
     run_world(2, _parameters_and_dtensors)
 
 
-# -- 7 ---------------------------------------------------------------------------------------------------------
+# -- 7 -------------------------------------------------------------------------------------------------------
 class Overwrites(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -383,7 +392,11 @@ class Overwrites(nn.Module):
 
 
 def _copies(engine: str) -> None:
-    model = Overwrites() if engine == "one process" else DDP(nn.Sequential(OrderedDict(lin=nn.Linear(4, 4), rest=Overwrites())))
+    model = (
+        Overwrites()
+        if engine == "one process"
+        else DDP(nn.Sequential(OrderedDict(lin=nn.Linear(4, 4), rest=Overwrites())))
+    )
     prefix, x = ("", rows()) if engine == "one process" else ("rest.", mine(engine, rows()))
     expected = rows() if engine == "one process" else model.module.lin(rows()).detach()
     fm = FlexModel(model, {}, deliver="all")
@@ -406,7 +419,7 @@ def test_7_captured_values_are_copies_under_ddp():
     run_world(2, _copies, "ddp")
 
 
-# -- 8 ---------------------------------------------------------------------------------------------------------
+# -- 8 -------------------------------------------------------------------------------------------------------
 def _shapes_are_found(engine: str) -> None:
     rank, plain, seen = dist.get_rank(), net(), []
     torch_hook(plain, UP, "forward", keep(seen))
@@ -448,7 +461,7 @@ def test_8_shapes_may_change_from_call_to_call(engine):
     run_world(2, _decode_before_prefill, engine)
 
 
-# -- 9 ---------------------------------------------------------------------------------------------------------
+# -- 9 -------------------------------------------------------------------------------------------------------
 class Positions(nn.Module):
     """Adds a table that has no batch dim; ``rows`` of it, as many as a rank has samples."""
 
@@ -510,7 +523,7 @@ def test_9_uneven_batches(run):
     run_world(2, _uneven_batches, run)
 
 
-# -- 10 --------------------------------------------------------------------------------------------------------
+# -- 10 ------------------------------------------------------------------------------------------------------
 def _random_edits(engine: str) -> None:
     for name in (UP, "norm"):
         _random_edits_at(engine, name)
@@ -580,7 +593,7 @@ def test_10_an_edit_that_raises_on_the_one_rank_raises_on_all(engine):
     run_world(2, _one_rank_fails, engine, ("forward",), "one_rank")
 
 
-# -- 11 --------------------------------------------------------------------------------------------------------
+# -- 11 ------------------------------------------------------------------------------------------------------
 SETTINGS = {"max_new_tokens": 3, "do_sample": False, "use_cache": True, "pad_token_id": 0}
 
 

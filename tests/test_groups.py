@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from conftest import installed, unchanged
 from flex_model import FlexModel, HookFunction
 from flex_model.errors import GroupError, NameNotFoundError, RegistrationError
+
+from conftest import installed, unchanged
 from models import net, tokens
 
 PLACES = ("layers.0.mlp", "layers.1.mlp", "head")
@@ -186,7 +186,11 @@ def test_create_hook_group_that_matches_nothing_changes_nothing(model):
 
 
 def test_capture_and_edit_ignore_the_choice_of_groups(model):
-    with model.groups("a", complement=True), model.capture("layers.0.mlp") as acts, model.edit("norm", lambda x: x * 0):
+    with (
+        model.groups("a", complement=True),
+        model.capture("layers.0.mlp") as acts,
+        model.edit("norm", lambda x: x * 0),
+    ):
         out = model(tokens(), groups="b")
     assert acts["layers.0.mlp"].shape == (4, 6, 8) and not out.any()
 

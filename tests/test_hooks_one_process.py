@@ -8,10 +8,10 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from flex_model import FlexModel, HookFunction, Site
 from torch import Tensor, nn
 
 from conftest import REGISTER, installed, keep, same_gradients, torch_hook, unchanged
-from flex_model import FlexModel, HookFunction, Site
 from models import net, tokens
 from oracle import relative_error
 from worlds import run_world
@@ -77,7 +77,11 @@ def test_several_hooks_run_in_the_order_of_registration(kind):
     torch_hook(plain, PLACE[kind], kind, all_of_them)
     fm, order = FlexModel(net(), {}), []
     for i, change in enumerate(changes):
-        register(fm, kind, HookFunction(PLACE[kind], editing_function=lambda x, i=i, f=change: (order.append(i), f(x))[1]))
+        register(
+            fm,
+            kind,
+            HookFunction(PLACE[kind], editing_function=lambda x, i=i, f=change: (order.append(i), f(x))[1]),
+        )
     assert torch.equal(step(fm), step(plain))
     assert same_gradients(fm.module, plain)
     assert order == [0, 1, 2, 3]
@@ -86,8 +90,8 @@ def test_several_hooks_run_in_the_order_of_registration(kind):
 
 def test_all_types_at_once_on_one_module_and_their_keys():
     plain, seen = net(), {kind: [] for kind in KINDS[:4]}
-    for kind in seen:
-        torch_hook(plain, "layers.1.mlp", kind, keep(seen[kind]))
+    for kind, values in seen.items():
+        torch_hook(plain, "layers.1.mlp", kind, keep(values))
     fm = FlexModel(net(), {})
     for kind in seen:
         register(fm, kind, HookFunction("layers.1.mlp"))
@@ -96,7 +100,10 @@ def test_all_types_at_once_on_one_module_and_their_keys():
     keys = ["layers.1.mlp"] + [Site("layers.1.mlp", kind, 0) for kind in KINDS[1:4]]
     assert set(fm.output_ptr) == set(keys)
     for key, kind in zip(keys, seen, strict=True):
-        assert [torch.equal(a, b) for a, b in zip(fm.output_ptr[key], seen[kind], strict=True)] == [True, True]
+        assert [torch.equal(a, b) for a, b in zip(fm.output_ptr[key], seen[kind], strict=True)] == [
+            True,
+            True,
+        ]
 
 
 def test_output_is_a_list_with_one_tensor_a_call():
@@ -166,8 +173,19 @@ class Inner(nn.Module):
         return {"a": x * pair[0], "n": pair[1], "b": (scale * 2, x * scale)}
 
 
-OUTPUTS = {0: lambda x: x * x * 2, "b.0": lambda x: (x + 1) * 2, 2: lambda x: x * (x + 1), -1: lambda x: x * (x + 1)}
-INPUTS = {0: lambda x: x, "x": lambda x: x, "pair": lambda x: x * 2, "scale": lambda x: x + 1, 2: lambda x: x + 1}
+OUTPUTS = {
+    0: lambda x: x * x * 2,
+    "b.0": lambda x: (x + 1) * 2,
+    2: lambda x: x * (x + 1),
+    -1: lambda x: x * (x + 1),
+}
+INPUTS = {
+    0: lambda x: x,
+    "x": lambda x: x,
+    "pair": lambda x: x * 2,
+    "scale": lambda x: x + 1,
+    2: lambda x: x + 1,
+}
 
 
 @pytest.mark.parametrize("index", OUTPUTS)
@@ -204,7 +222,9 @@ def test_several_tensors_are_keyed_by_their_sites():
 @pytest.mark.parametrize("index", ["b.1", 2, ("b.1",), ["a", "b.1"], "all"])
 def test_edits_of_chosen_tensors(index):
     x, edited = torch.randn(3, 4), []
-    which = {"all": (0, 1, 2), ("a", "b.1"): (0, 2)}.get(tuple(index) if isinstance(index, list) else index, (2,))
+    which = {"all": (0, 1, 2), ("a", "b.1"): (0, 2)}.get(
+        tuple(index) if isinstance(index, list) else index, (2,)
+    )
 
     def hook(module, args, out):
         a, b0, b1 = (t * 3 if i in which else t for i, t in enumerate((out["a"], *out["b"])))
@@ -277,7 +297,10 @@ def test_select_when_editing(kind, select):
     with fm.edit("layers.0.mlp", lambda x: (keep(given)(x), x * 3)[1], hook_type=kind, select=select):
         assert torch.equal(step(fm), step(plain))
     assert torch.equal(given[0], take(seen[0]))
-    assert all(torch.allclose(p.grad, q.grad, atol=1e-7) for p, q in zip(fm.parameters(), plain.parameters(), strict=True))
+    assert all(
+        torch.allclose(p.grad, q.grad, atol=1e-7)
+        for p, q in zip(fm.parameters(), plain.parameters(), strict=True)
+    )
 
 
 def noise(x: Tensor) -> Tensor:
@@ -367,7 +390,9 @@ def test_a_hook_that_removes_itself(others):
     assert len(runs) == 1
     assert [torch.equal(a, b) for a, b in zip(fm.output_ptr["layers.0.mlp"], seen, strict=True)] == [True]
     if others:
-        assert torch.equal(fm.output_ptr["head"][0], edited) and torch.equal(fm.output_ptr["head"][1], expected)
+        assert torch.equal(fm.output_ptr["head"][0], edited) and torch.equal(
+            fm.output_ptr["head"][1], expected
+        )
         assert len(fm.output_ptr["emb"]) == 2
     else:
         assert installed(fm.module) == 0

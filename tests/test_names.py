@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flex_model import FlexModel, HookFunction
+from flex_model.core.names import Names, glob_to_regex
+from flex_model.errors import NameNotFoundError
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from flex_model import FlexModel, HookFunction
-from flex_model.core.names import Names, glob_to_regex
-from flex_model.errors import NameNotFoundError
 from models import Block, net, tokens
 from worlds import run_world
 
@@ -23,7 +23,11 @@ PARAMETERS = [n for n, _ in net().named_parameters()]
 @pytest.mark.parametrize(
     ("pattern", "yes", "no"),
     [
-        ("layers.*.mlp", ["layers.0.mlp", "layers.11.mlp"], ["layers.0.mlp.up", "layers.0.1.mlp", "layers.0"]),
+        (
+            "layers.*.mlp",
+            ["layers.0.mlp", "layers.11.mlp"],
+            ["layers.0.mlp.up", "layers.0.1.mlp", "layers.0"],
+        ),
         ("layers.**", ["layers.0", "layers.0.mlp.up"], ["layers", "head"]),
         ("**.up", ["layers.0.mlp.up"], ["up", "layers.0.mlp.upper"]),
         ("layers.[01].mlp", ["layers.0.mlp", "layers.1.mlp"], ["layers.2.mlp"]),
@@ -42,9 +46,17 @@ def test_patterns_choose_modules_in_the_models_order():
     names = Names(net())
     assert names.match("layers.*.mlp") == [("layers.0.mlp",) * 2, ("layers.1.mlp",) * 2]
     assert names.match(["head", "layers.[1].mlp"]) == [("head", "head"), ("layers.1.mlp",) * 2]
-    assert [n for n, _ in names.match(lambda n: n.endswith("norm"))] == ["layers.0.norm", "layers.1.norm", "norm"]
+    assert [n for n, _ in names.match(lambda n: n.endswith("norm"))] == [
+        "layers.0.norm",
+        "layers.1.norm",
+        "norm",
+    ]
     assert [n for n, _ in names.match("**")] == PLAIN[1:]
-    assert [n for n, _ in names.match("*.weight", of="parameter")] == ["emb.weight", "norm.weight", "head.weight"]
+    assert [n for n, _ in names.match("*.weight", of="parameter")] == [
+        "emb.weight",
+        "norm.weight",
+        "head.weight",
+    ]
 
 
 def wrap(how: str) -> nn.Module:
@@ -59,7 +71,9 @@ def wrap(how: str) -> nn.Module:
         return DDP(model)
     if how == "ddp of compiled":
         return DDP(torch.compile(model))
-    return FSDP(model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu"))
+    return FSDP(
+        model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu")
+    )
 
 
 def _names_under(how: str) -> None:
@@ -72,7 +86,9 @@ def _names_under(how: str) -> None:
     assert {names.clean(n) for n in raw} == set(PLAIN)
     assert all(names.clean(n) == names.clean(f"module.{n}") == n for n in PLAIN if n)
     assert names.clean("_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.mlp") == "layers.0.mlp"
-    assert names.modules["layers.0.mlp.up"] is next(m for n, m in wrapped.named_modules() if n.endswith("mlp.up"))
+    assert names.modules["layers.0.mlp.up"] is next(
+        m for n, m in wrapped.named_modules() if n.endswith("mlp.up")
+    )
 
 
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
@@ -134,7 +150,9 @@ def test_lists_of_names():
     assert fm.trainable_modules_names == ["probe"]
     assert fm.all_modules_names == [*PLAIN, "probe"]
     assert [n for n, _ in fm.named_parameters()] == [
-        *PARAMETERS, "trainable_modules.probe.weight", "trainable_modules.probe.bias"
+        *PARAMETERS,
+        "trainable_modules.probe.weight",
+        "trainable_modules.probe.bias",
     ]
     fm.module.register_buffer("scale", torch.ones(1))
     assert [n for n, _ in fm.named_buffers()] == ["scale"]

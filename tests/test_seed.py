@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from functools import partial
 
+import flex_model.core
+import flex_model.core.core_utils
 import torch
+from flex_model import FlexModel, HookFunction
+from flex_model.utils import setup_logger
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-import flex_model.core
-import flex_model.core.core_utils
 from conftest import installed, same_gradients
-from flex_model import FlexModel, HookFunction
-from flex_model.utils import setup_logger
 from models import Block, net, tokens
 from oracle import relative_error
 from worlds import run_world
@@ -90,7 +90,9 @@ def test_example_on_one_process():
 
 def _example_under_fsdp(inputs: Tensor) -> None:
     rank, output_dict = torch.distributed.get_rank(), {}
-    wrapped = FSDP(net(), auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped = FSDP(
+        net(), auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu")
+    )
     model = hooked(wrapped, output_dict, 2)
     plain, mlp, activation, expected = oracle(inputs)
 
@@ -108,7 +110,9 @@ def _example_under_fsdp(inputs: Tensor) -> None:
     for mine, theirs in zip(model.trainable_modules["mlp"].parameters(), mlp.parameters(), strict=True):
         assert relative_error(mine.grad, theirs.grad) < 1e-5
     with FSDP.summon_full_params(wrapped, with_grads=True):
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if not n.startswith("trainable_modules.")}
+        grads = {
+            n: p.grad.clone() for n, p in model.named_parameters() if not n.startswith("trainable_modules.")
+        }
     for name, parameter in plain.named_parameters():
         assert relative_error(grads[name], parameter.grad) < 1e-5, name
 

@@ -6,10 +6,10 @@ import inspect
 
 import pytest
 import torch
+from flex_model import FlexModel, HookFunction
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from flex_model import FlexModel, HookFunction
 from models import inputs, make, net, tokens
 from worlds import run_world
 
@@ -19,7 +19,9 @@ KEYS = list(net().state_dict())
 def probed(model: nn.Module) -> FlexModel:
     fm = FlexModel(model)
     fm.register_trainable_module("probe", nn.Linear(8, 8))
-    fm.register_forward_hook(HookFunction("norm", editing_function=lambda m, x, c, modules: modules["probe"](x)))
+    fm.register_forward_hook(
+        HookFunction("norm", editing_function=lambda m, x, c, modules: modules["probe"](x))
+    )
     return fm
 
 
@@ -57,7 +59,7 @@ def test_strict_loading_names_plain_keys():
     fm = FlexModel(net())
     state = fm.state_dict()
     state["zzz"] = state.pop("head.weight")
-    with pytest.raises(RuntimeError, match="(?s)Missing.*head.weight.*Unexpected.*zzz"):
+    with pytest.raises(RuntimeError, match=r"(?s)Missing.*head\.weight.*Unexpected.*zzz"):
         fm.load_state_dict(state)
     missing, unexpected = fm.load_state_dict(state, strict=False)
     assert [n.removeprefix("module.") for n in missing] == ["head.weight"]
@@ -92,13 +94,16 @@ def test_names_of_parameters_and_buffers():
     fm = FlexModel(model)
     fm.register_trainable_module("probe", nn.BatchNorm1d(1))
     assert [n for n, _ in fm.named_parameters()] == [
-        *dict(model.named_parameters()), "trainable_modules.probe.weight", "trainable_modules.probe.bias"
+        *dict(model.named_parameters()),
+        "trainable_modules.probe.weight",
+        "trainable_modules.probe.bias",
     ]
     assert [n for n, _ in fm.named_buffers()] == [
-        *dict(model.named_buffers()), *(f"trainable_modules.probe.{b}" for b in ("running_mean", "running_var", "num_batches_tracked"))
+        *dict(model.named_buffers()),
+        *(f"trainable_modules.probe.{b}" for b in ("running_mean", "running_var", "num_batches_tracked")),
     ]
     assert {id(p) for p in fm.parameters()} == {id(p) for _, p in fm.named_parameters()}
-    assert [n for n, _ in fm.named_parameters(prefix="p")][0] == "p.0.weight"
+    assert next(iter(fm.named_parameters(prefix="p")))[0] == "p.0.weight"
 
 
 def test_a_tied_parameter_is_listed_once():
@@ -131,7 +136,11 @@ def test_signature_is_the_wrapped_models():
 def test_unknown_attributes_reach_the_wrapped_model():
     model = make("llama")
     fm = FlexModel(model)
-    assert fm.config is model.config and fm.model is model.model and fm.get_input_embeddings() is model.model.embed_tokens
+    assert (
+        fm.config is model.config
+        and fm.model is model.model
+        and fm.get_input_embeddings() is model.model.embed_tokens
+    )
     assert not hasattr(fm, "zzz") and fm.dtype == torch.float32
     with pytest.raises(AttributeError, match="zzz"):
         _ = fm.zzz

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from flex_model.trees import copy_tree, find_leaves, input_leaves, replace_leaves, resolve_index, tensors
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from flex_model.trees import copy_tree, find_leaves, input_leaves, replace_leaves, resolve_index, tensors
 
 Pair = namedtuple("Pair", "left right")
 
@@ -49,7 +48,10 @@ VALUES = [
     (Named(t(1), None), ["hidden"]),
     (Frozen("x", t(1), Plain(t(2))), ["value", "inner.value"]),
     ((Plain(t(1), 3), {"k": Frozen("y", t(2))}), ["0.value", "1.k.value"]),
-    (CausalLMOutputWithPast(logits=t(1), hidden_states=(t(2), t(3))), ["logits", "hidden_states.0", "hidden_states.1"]),
+    (
+        CausalLMOutputWithPast(logits=t(1), hidden_states=(t(2), t(3))),
+        ["logits", "hidden_states.0", "hidden_states.1"],
+    ),
     (nn.Parameter(t(1)), [""]),
     (None, []),
     ((1, "a", None), []),

@@ -61,7 +61,7 @@ class FSDP2Engine(Engine):
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
         # The parameter's own hook never fires, and a root whose inputs need no gradient is reduced at the very end.
-        return GradientSite("finished") if isinstance(owner._parameters[attribute], DTensor) else None
+        return GradientSite("finished") if self._managed(owner, attribute) is not None else None
 
     def gradient_before(self, owner: nn.Module, attribute: str) -> Tensor | None:
         grad = self._grad(owner, attribute)

@@ -61,8 +61,8 @@ class CopyLoss:
 class Induction:
     """What ``measure`` found.
 
-    ``scores`` (layers, heads) and ``logits`` (B, S, vocabulary) are the unedited model's; ``loss_without`` is the
-    loss without the ``removed`` heads.
+    ``scores`` (layers, heads) and ``logits`` (B, S, vocabulary) are the unedited model's; ``loss_without`` is
+    the loss without the ``removed`` heads.
     """
 
     scores: Tensor
@@ -129,6 +129,7 @@ def repeated_tokens(batch: int, length: int, seed: int = 0, *, low: int = 500, h
     return torch.cat([once, once], dim=1)
 
 
+@torch.no_grad()
 def repeated_loss(logits: Tensor, ids: Tensor) -> CopyLoss:
     """The loss of ``logits`` (B, 2L, vocabulary) on repeated tokens (B, 2L).
 
@@ -197,7 +198,7 @@ def measure(
     progress(f"loss without the top {len(heads)} heads")
     with remove_heads(fm, heads):
         loss_without = repeated_loss(_logits(fm, ids), whole)
-    return Induction(scores, repeated_loss(logits, whole), heads, loss_without, logits)
+    return Induction(scores, repeated_loss(logits, whole), heads, loss_without, logits.cpu())
 
 
 def _observe(fm: FlexModel, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,6 +243,6 @@ def _without(heads: list[int], count: int) -> Callable[[Tensor], Tensor]:
     zero = edits.zero(heads, dim=-2)
 
     def edit(x: Tensor) -> Tensor:  # (B, S, heads * head_dim)
-        return zero(x.view(*x.shape[:-1], count, -1)).flatten(-2)
+        return zero(x.reshape(*x.shape[:-1], count, -1)).flatten(-2)
 
     return edit

