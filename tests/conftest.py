@@ -1,4 +1,4 @@
-"""What several test files share: torch's own hooks as the oracle, and what must not change when something fails."""
+"""Shared by several test files: torch's own hooks as the oracle, and what must stay as it was on failure."""
 
 from __future__ import annotations
 

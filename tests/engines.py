@@ -119,3 +119,11 @@ def local_loss(engine: str, output: Tensor) -> Tensor:
 
 def loss(output: Tensor) -> Tensor:
     return output.float().pow(2).mean()
+
+
+def fully_sharded_hf(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model

@@ -1,4 +1,4 @@
-"""What is refused: the right class, a message that names the module and what was expected, and nothing changed."""
+"""What is refused: the right class, a message that names module and expectation, and nothing changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fm.capture`` and ``fm.edit`` on one process: what they hold, for how long, and what they say of the rest."""
+"""``fm.capture`` and ``fm.edit`` on one process: what they hold, how long, and what they say of the rest."""
 
 from __future__ import annotations
 

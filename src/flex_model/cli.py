@@ -152,6 +152,7 @@ def _launch(job: Job) -> None:
     """Start ``job.tp`` processes on this machine with torchrun's own launcher."""
     if torch.cuda.device_count() < job.tp:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL takes one process a device: all of them go to the CPU
+    Console(stderr=True).print(f"Starting {job.tp} processes.")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

