@@ -145,7 +145,7 @@ def resolve_index(leaves: list[Leaf], unpack_idx: UnpackIdx) -> list[Leaf]:
     if unpack_idx == "all":
         return leaves
     if isinstance(unpack_idx, int):
-        return leaves[unpack_idx : unpack_idx + 1] if unpack_idx >= 0 else leaves[unpack_idx:][:1]
+        return [leaves[unpack_idx]] if -len(leaves) <= unpack_idx < len(leaves) else []
     if isinstance(unpack_idx, str):
         return [x for x in leaves if x.path == unpack_idx or x.path.startswith(unpack_idx + ".")]
     return [leaf for one in unpack_idx for leaf in resolve_index(leaves, one)]

@@ -35,6 +35,7 @@ class Bound:
     edit: EditCall | None = None
     wants_call: bool = False
     takes_value_only: bool = False
+    may_write: bool = False  # the editing function looks as if it wrote in place
     deliver: Deliver = "main"
     attached: bool = False
     selection: Selection | None = None

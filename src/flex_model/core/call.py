@@ -20,6 +20,14 @@ __all__ = ["ActiveCall", "Staged", "in_backward"]
 in_backward = torch._C._current_graph_task_id  # -1 outside of a backward; a forward inside one is a recomputation
 
 
+Snapshot = tuple[tuple[Any, ...], dict[str, object]]
+
+
+def _fingerprint(value: Tensor) -> tuple[Any, ...]:
+    flat = value.detach().flatten()
+    return (tuple(value.shape), *flat[:: max(1, flat.numel() // 32)].tolist())
+
+
 @dataclass(slots=True)
 class Staged:
     """A captured local value on its way, with the form whose layout says how it becomes whole."""
@@ -30,10 +38,10 @@ class Staged:
     form: Form | None = None
     layout: Layout | None = None
     gradient: bool = False
-    call: int = 0
+    selected: bool = False  # the hook's selection was made
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class ActiveCall:
     """``module`` is the outermost module of this forward: the model, or a part that was called by itself."""
 
@@ -41,9 +49,10 @@ class ActiveCall:
     index: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grad_mode: bool = False
     staged: list[Staged] = field(default_factory=list)
     claims: dict[Form, Claim] = field(default_factory=dict)
-    snapshots: dict[tuple[int, int], dict[str, object]] = field(default_factory=dict)
+    snapshots: dict[tuple[int, int], list[Snapshot]] = field(default_factory=dict)
     edited: bool = False
     even_axes: frozenset[int] | None = None
 
@@ -61,6 +70,25 @@ class ActiveCall:
         """A number that ranks share when all their input shapes are equal."""
         shapes = [tuple(leaf.tensor.shape) for leaf in find_leaves((self.args, self.kwargs))]
         return hash(tuple(shapes)) & 0x7FFF_FFFF_FFFF
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether what runs now may run again in the backward: reentrant checkpointing turns gradients off, the other
+        kind hooks saved tensors."""
+        if torch.is_grad_enabled():
+            return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        return self.grad_mode
+
+    def remember(self, key: tuple[int, int], value: Tensor, state: dict[str, object]) -> None:
+        self.snapshots.setdefault(key, []).append((_fingerprint(value), state))
+
+    def recall(self, key: tuple[int, int], value: Tensor) -> dict[str, object] | None:
+        """What ``save_ctx`` was when the edit ran on this value; a module may fire several times in a call."""
+        found = self.snapshots.get(key, [])
+        if len(found) == 1:
+            return found[0][1]
+        mark = _fingerprint(value)
+        return next((state for known, state in found if known == mark), None)
 
     def drop_inputs(self) -> None:
         self.args, self.kwargs = (), {}

@@ -20,7 +20,7 @@ from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.one_rank import OneRankRoute, tie, use_parameters
 from flex_model.routing.route import Route, gradient_scale, scale_gradient
 
-__all__ = ["EditContext", "check_answer", "run_edit", "seeded"]
+__all__ = ["EditContext", "check_answer", "refuse_write", "run_edit", "seeded"]
 
 
 class EditContext:
@@ -71,6 +71,9 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
         raise ShapeError(problem)
     selection = bound.selection
     value = full if selection is None else selection.take(full)
+    live = value
+    if bound.may_write and not isinstance(full, DTensor):
+        value = value.clone()  # others may use this memory
     version = None if value.is_inference() else value._version
     site = bound.site(index)
     generator: AbstractContextManager[Any] = nullcontext()
@@ -85,10 +88,20 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
         if version is None or value._version == version:
             return None
         out = value  # it was written in place
+    if value is live and version is not None and value._version != version and not isinstance(full, DTensor):
+        refuse_write(bound)
     check_answer(bound, value, out)
     if selection is None:
         return out
     return selection.put(full, out)
+
+
+def refuse_write(bound: Bound) -> None:
+    """The function wrote into memory that the model uses, where it did not look as if it would."""
+    raise EditError(
+        f"{bound.where}: the editing function wrote into its input in place, out of this library's sight; "
+        f"let it return a new tensor, or start it with x = x.clone()."
+    )
 
 
 def check_answer(bound: Bound, value: Tensor, out: object) -> None:

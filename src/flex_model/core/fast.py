@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.call import Staged
-from flex_model.core.editing import check_answer
+from flex_model.core.editing import check_answer, refuse_write
 from flex_model.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -26,15 +25,12 @@ def put_all(staged: Iterable[Staged]) -> None:
     """Staged values of one process to their sinks: they are whole already. A wrong shape leaves all sinks as they were."""
     staged = list(staged)
     for one in staged:
-        if one.bound.hook.expected_shape is not None and (problem := check_expected(one.bound, one.local)):
+        if one.bound.hook.expected_shape is not None and not one.selected and (problem := check_expected(one.bound, one.local)):
             raise ShapeError(problem)
     for one in staged:
         bound = one.bound
         sink = bound.gradient_sink if one.gradient and not bound.is_gradient else bound.sink
-        value = one.local
-        if bound.selection is not None and one.form is not None and not one.gradient:
-            value = bound.selection.take(value)
-        sink.put(one.key, value)  # type: ignore[union-attr]
+        sink.put(one.key, one.local)  # type: ignore[union-attr]
 
 
 def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook | None:
@@ -50,6 +46,7 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
         or bound.selection is not None
         or hook.unpack_idx not in (0, "all")
         or hook.random
+        or bound.may_write
         or hook.run == "sharded"
     ):
         return None
@@ -64,7 +61,7 @@ def _capture(runtime: Runtime, point: Point, bound: Bound) -> Hook:
     key = bound.key
 
     def capture(module: nn.Module, args: Any, output: Any) -> Any:
-        call = runtime.active  # None within probes and recomputations
+        call = runtime.fast_call  # None within probes and recomputations
         if call is None or type(output) is not Tensor:
             return point.on_output(module, args, output)
         bound.fired += 1
@@ -76,18 +73,18 @@ def _capture(runtime: Runtime, point: Point, bound: Bound) -> Hook:
 
 def _edit(runtime: Runtime, point: Point, bound: Bound) -> Hook:
     edit, save_ctx, modules, site = bound.edit, runtime.save_ctx, runtime.modules, bound.site(0)
-    grad_enabled, mark = torch.is_grad_enabled, (id(bound), 0)
     alone = bound.hook.editing_function if bound.takes_value_only else None
     assert edit is not None
 
     def change(module: nn.Module, args: Any, output: Any) -> Any:
-        call = runtime.active
-        if call is None or type(output) is not Tensor:
+        call = runtime.fast_call
+        if call is None or type(output) is not Tensor or (call.grad_mode and call.checkpointed):
             return point.on_output(module, args, output)
-        if grad_enabled():  # a recomputation must see save_ctx as it is now
-            call.snapshots[mark] = save_ctx.snapshot()
+        version = output._version
         out = alone(output) if alone is not None else edit(module, output, save_ctx, modules, site, None)
         bound.fired += 1
+        if output._version != version:
+            refuse_write(bound)
         if out is not None and (
             type(out) is not Tensor or not out.is_same_size(output) or out.dtype is not output.dtype
         ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from flex_model.core.bound import Bound
+from flex_model.core.bound import Bound, check_expected
 from flex_model.core.call import ActiveCall, Staged, in_backward
 from flex_model.core.editing import run_edit
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form, Spot
-from flex_model.errors import EditError, LayoutError
+from flex_model.errors import EditError, LayoutError, ShapeError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.values import digest
@@ -76,7 +75,7 @@ class Point:
                 if out is not None:
                     new[index] = out
         if alone:
-            runtime.leave(module, inputs, None, succeeded=True)
+            runtime.leave(module, None)
         return new
 
     def _watched(self, leaves: list[Leaf]) -> dict[int, list[tuple[Bound, bool]]]:
@@ -150,12 +149,14 @@ def fire(
 def _stage(
     runtime: Any, bound: Bound, local: Tensor, form: Form | None, layout: Layout | None, call: ActiveCall, key: Any
 ) -> None:
-    if bound.selection is not None and layout is not None and runtime.mesh.axes:
+    selected = False
+    if bound.selection is not None and layout is not None:
+        if not runtime.mesh.axes and (problem := check_expected(bound, local)):
+            raise ShapeError(problem)
         taken = runtime.select_on_shards(bound, local, layout)
         if taken is not None:
-            local, layout = taken
-            bound = replace(bound, selection=None)
-    runtime.stage(call, Staged(bound, key, to_host(local, runtime.keep_on(layout)), form, layout, call=call.index))
+            (local, layout), selected = taken, True
+    runtime.stage(call, Staged(bound, key, to_host(local, runtime.keep_on(layout)), form, layout, selected=selected))
 
 
 def _edit(
@@ -172,12 +173,13 @@ def _edit(
     description = call.describe() if bound.wants_call else Call(call.index)
     snapshot_key = (id(bound), leaf.index)
     local = _plain(value)
-    if recomputed and snapshot_key in call.snapshots:
-        with runtime.save_ctx.replayed(call.snapshots[snapshot_key]):
+    state = call.recall(snapshot_key, local) if recomputed else None
+    if state is not None:
+        with runtime.save_ctx.replayed(state):
             out, _ = run_edit(bound, runtime.context, local, layout, leaf.index, description)
     else:
-        if torch.is_grad_enabled() and not recomputed:
-            call.snapshots[snapshot_key] = runtime.save_ctx.snapshot()
+        if not recomputed and call.checkpointed:
+            call.remember(snapshot_key, local, runtime.save_ctx.snapshot())
         out, _ = run_edit(bound, runtime.context, local, layout, leaf.index, description)
     if out is None:
         return None
@@ -289,7 +291,7 @@ def meet_gradient(
         bound.fired += bound.is_gradient
         if sink is not None:
             local = to_host(_plain(now.detach()), runtime.keep_on(layout))
-            runtime.stage_gradient(Staged(bound, key, local, _gradient_form(form), layout, True, call.index))
+            runtime.stage_gradient(Staged(bound, key, local, _gradient_form(form), layout, True, selected=True))
         if bound.edit is not None and bound.is_gradient:
             out = _edit_gradient(runtime, bound, index, layout, call, now, scale)
             new = new if out is None else out

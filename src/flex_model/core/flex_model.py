@@ -21,7 +21,7 @@ from flex_model.core.bound import Bound, check_expected
 from flex_model.core.captured import Captured
 from flex_model.core.groups import ALL
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType
-from flex_model.core.names import Names, Pattern
+from flex_model.core.names import Pattern
 from flex_model.core.register import bind, capture_bounds
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
 from flex_model.core.runtime import Runtime
@@ -88,6 +88,7 @@ class FlexModel(nn.Module):
         self._sink = OutputSink(self.output_ptr)
         self._chosen: tuple[str | Sequence[str], bool] = (ALL, False)
         self._finalizer = weakref.finalize(self, Runtime.uninstall, runtime)
+        self.training = module.training
         self.forward = MethodType(_with_signature_of(module), self)  # type: ignore[method-assign]
         self._register_state_dict_hook(_plain_keys)
         self.register_load_state_dict_pre_hook(_wrapped_keys)
@@ -104,11 +105,13 @@ class FlexModel(nn.Module):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         runtime = self._runtime
         before, runtime.direct = runtime.direct, bool(runtime.bounds)
-        runtime.last_inputs = (args, kwargs)
+        runtime.last_inputs = (args, kwargs) if runtime.mesh.axes else ((), {})
         try:
             return self.module(*args, **kwargs)
         finally:
             runtime.direct = before
+            if runtime.active is not None and not runtime.quiet:  # torch runs no hook after KeyboardInterrupt
+                runtime.abandon()
 
     @property
     def save_ctx(self) -> Any:
@@ -130,7 +133,8 @@ class FlexModel(nn.Module):
         except AttributeError:
             if name in ("module", "_runtime"):
                 raise
-            return getattr(super().__getattr__("module"), name)
+            module = super().__getattr__("module")
+            return getattr(module if hasattr(module, name) else self._runtime.root, name)
 
     # -- registering -------------------------------------------------------------------------------------------
     def register_forward_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
@@ -159,6 +163,8 @@ class FlexModel(nn.Module):
             raise RegistrationError(f"{hook!r} is registered already; make another HookFunction for another place.")
         key = self._sink.key_for(hook.module_name, hook_type, hook.unpack_idx)
         bound = bind(runtime, hook, hook_type, key, self._sink if hook.capture else None, self._deliver)
+        if bound.sink is not None:
+            self._sink.take(key, hook_type, hook.unpack_idx)
         runtime.bounds.append(bound)
         runtime.groups.add(hook)
         self._apply_groups()
@@ -170,6 +176,8 @@ class FlexModel(nn.Module):
         if bound in runtime.bounds:
             runtime.bounds.remove(bound)
             runtime.groups.drop(bound.hook)
+            if bound.sink is not None:
+                self._sink.release(bound.key)
             runtime.install()
 
     # -- groups ------------------------------------------------------------------------------------------------
@@ -344,17 +352,19 @@ class FlexModel(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The wrapped model's parameters by their plain names, then ``trainable_modules.*``."""
         if recurse:
-            yield from _clean(self.module.named_parameters(prefix, True, remove_duplicate))
-            inner = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
-            yield from self.trainable_modules.named_parameters(inner, True, remove_duplicate)
+            inner = self.module.named_parameters("", True, remove_duplicate)
+            yield from self._runtime.names.cleaned(inner, prefix)
+            own = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
+            yield from self.trainable_modules.named_parameters(own, True, remove_duplicate)
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         if recurse:
-            yield from _clean(self.module.named_buffers(prefix, True, remove_duplicate))
-            inner = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
-            yield from self.trainable_modules.named_buffers(inner, True, remove_duplicate)
+            inner = self.module.named_buffers("", True, remove_duplicate)
+            yield from self._runtime.names.cleaned(inner, prefix)
+            own = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
+            yield from self.trainable_modules.named_buffers(own, True, remove_duplicate)
 
     # -- reports -----------------------------------------------------------------------------------------------
     def hooks(self) -> list[HookRow]:
@@ -423,16 +433,11 @@ def _with_signature_of(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _clean(pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for name, value in pairs:
-        yield Names.strip(name), value
-
-
 def _plain_keys(module: FlexModel, state: dict[str, Any], prefix: str, _: Any) -> dict[str, Any]:
-    """state_dict hook: the wrapped model's keys without ``module.``."""
+    """state_dict hook: the plain model's keys, without ``module.`` and what engines add."""
     inner = f"{prefix}module."
     for key in [k for k in state if k.startswith(inner)]:
-        state[prefix + key[len(inner) :]] = state.pop(key)
+        state[prefix + module._runtime.names.plain_key(key[len(inner) :])] = state.pop(key)
     return state
 
 
@@ -440,7 +445,7 @@ def _wrapped_keys(module: FlexModel, state: dict[str, Any], prefix: str, *_: Any
     """load_state_dict hook: the inverse."""
     own = f"{prefix}trainable_modules."
     for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
-        state[f"{prefix}module.{key[len(prefix) :]}"] = state.pop(key)
+        state[f"{prefix}module.{module._runtime.names.wrapped_key(key[len(prefix) :])}"] = state.pop(key)
 
 
 def _largest_mesh(module: nn.Module) -> DeviceMesh | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +31,24 @@ def _wrapped_child(module: nn.Module) -> str | None:
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return "module"
     return None
+
+
+# These wrappers take themselves out of state_dict's keys.
+_ABSENT_FROM_STATE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def _join(*parts: str) -> str:
+    return ".".join(p for p in parts if p)
+
+
+def _moved(key: str, prefixes: dict[str, str]) -> str:
+    """``key`` with its longest module prefix replaced."""
+    parts = key.split(".")
+    for cut in range(len(parts) - 1, -1, -1):
+        head = ".".join(parts[:cut])
+        if head in prefixes:
+            return _join(prefixes[head], *parts[cut:])
+    return key
 
 
 def glob_to_regex(pattern: str) -> re.Pattern[str]:
@@ -64,14 +83,17 @@ class Names:
         self._holders: dict[str, nn.Parameter] = {}  # of parameters that an engine keeps elsewhere
         self._spellings: dict[str, str] = {}
         self._parameter_spellings: dict[str, str] = {}
-        self._walk(root, "", "")
+        self._state: dict[str, str] = {}  # clean module name -> its prefix in the wrapped model's state_dict
+        self._walk(root, "", "", "")
 
-    def _walk(self, module: nn.Module, clean: str, raw: str) -> None:
+    def _walk(self, module: nn.Module, clean: str, raw: str, state: str) -> None:
         self._spellings.setdefault(raw, clean)
         inner = _wrapped_child(module)
         if inner is not None and (child := module._modules[inner]) is not None:
-            self._walk(child, clean, f"{raw}.{inner}" if raw else inner)
+            kept = "" if inner in _ABSENT_FROM_STATE else inner
+            self._walk(child, clean, _join(raw, inner), _join(state, kept))
             return
+        self._state[clean] = state
         self._spellings.setdefault(clean, clean)
         self.modules[clean] = module
         for name, value in module._parameters.items():
@@ -79,13 +101,13 @@ class Names:
                 self._add_parameter(module, name, clean, raw)
         for name, child in module._modules.items():
             if child is not None:
-                self._walk(child, f"{clean}.{name}" if clean else name, f"{raw}.{name}" if raw else name)
+                self._walk(child, _join(clean, name), _join(raw, name), _join(state, name))
 
     def _add_parameter(self, module: nn.Module, name: str, clean: str, raw: str) -> None:
-        clean_name = f"{clean}.{name}" if clean else name
+        clean_name = _join(clean, name)
         self.parameters[clean_name] = (module, name)
         self._parameter_spellings[clean_name] = clean_name
-        self._parameter_spellings[f"{raw}.{name}" if raw else name] = clean_name
+        self._parameter_spellings[_join(raw, name)] = clean_name
 
     def add_hidden(self, parameters: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
         """Give names to parameters that their owners do not hold at the moment."""
@@ -93,13 +115,28 @@ class Names:
         for owner, attribute, holder in parameters:
             clean = owners[id(owner)]
             self._add_parameter(owner, attribute, clean, clean)
-            self._holders[f"{clean}.{attribute}" if clean else attribute] = holder
+            self._holders[_join(clean, attribute)] = holder
 
     def requires_grad(self, name: str) -> bool:
         """Whether the parameter of this clean name will have a gradient."""
         owner, attribute = self.parameters[name]
         parameter = self._holders.get(name, owner._parameters.get(attribute))
         return parameter is not None and parameter.requires_grad
+
+    def cleaned(self, pairs: Iterable[tuple[str, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
+        """Named parameters or buffers of the wrapped model under their clean names."""
+        for raw, value in pairs:
+            owner, _, attribute = raw.rpartition(".")
+            yield _join(prefix, _join(self._spellings.get(owner, owner), attribute)), value
+
+    def plain_key(self, key: str) -> str:
+        """A key of the wrapped model's state_dict as the plain model has it."""
+        inverse = {state: clean for clean, state in self._state.items()}
+        return _moved(key, inverse)
+
+    def wrapped_key(self, key: str) -> str:
+        """The inverse of ``plain_key``."""
+        return _moved(key, self._state)
 
     @property
     def root(self) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flex_model.core.bound import Bound, Sink
 from flex_model.core.captured import Captured
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType, Site, adapt_editing_function
+from flex_model.core.in_place import may_write
 from flex_model.core.names import Pattern
 from flex_model.errors import RegistrationError
 from flex_model.layout.layout import parse_layout
@@ -64,6 +65,7 @@ def bind(
         edit=None if edit is None else edit.call,
         wants_call=edit is not None and edit.wants_call,
         takes_value_only=edit is not None and edit.value_only,
+        may_write=hook.editing_function is not None and (hook_type not in ("forward", "forward_pre") or may_write(hook.editing_function)),
         deliver=deliver,
         selection=selection,
         override=override,

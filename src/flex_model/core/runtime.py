@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 from zlib import crc32
 
 import torch
@@ -45,7 +45,6 @@ from flex_model.trees import tensors
 __all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
-_REMEMBERED = 64  # calls whose backward has not come
 
 
 class Runtime:
@@ -62,9 +61,10 @@ class Runtime:
         self.quiet = False
         self.direct = False  # the forward comes through FlexModel itself
         self.active: ActiveCall | None = None
+        self.fast_call: ActiveCall | None = None  # the active call, where the short way of one process is right
         self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.calls = 0
-        self.remembered: OrderedDict[int, ActiveCall] = OrderedDict()
+        self.remembered: WeakValueDictionary[int, ActiveCall] = WeakValueDictionary()  # their graphs hold them
         self.waiting: list[Staged] = []
         self.claims: dict[Form, Claim] = {}
         self.gradient_staged: list[Staged] = []
@@ -75,6 +75,10 @@ class Runtime:
         self.backward_edited = False
         self._before: dict[int, Tensor | None] = {}
         self._handles: list[Any] = []
+        self._entry_handles: list[Any] = []
+        self._parameter_handles: list[Any] = []
+        self._entries_stale = False
+        self._backward_id = -1
         self._mark: object = None
         self.refresh()
 
@@ -101,7 +105,8 @@ class Runtime:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return None
         first = next(self.root.parameters(), None)
-        return DistributedDataParallel._active_ddp_module, type(self.root), type(first), len(self.bounds and self.root._modules)
+        active = None if "DDP" in self.engines.names else DistributedDataParallel._get_active_ddp_module()
+        return active, type(self.root), getattr(first, "_spec", None) is not None
 
     @property
     def lockstep(self) -> bool:
@@ -109,29 +114,30 @@ class Runtime:
 
     # -- installing --------------------------------------------------------------------------------------------
     def uninstall(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Take all hooks off; within a call, those that see its end stay until then."""
+        self._entries_stale = self.active is not None
+        for handles in (self._handles, self._parameter_handles, [] if self.active else self._entry_handles):
+            for handle in handles:
+                handle.remove()
+            handles.clear()
 
     def install(self) -> None:
         """Put the enabled hooks on the model, and nothing where none is enabled."""
         self.uninstall()
         enabled = [b for b in self.bounds if b.enabled]
-        if not enabled:
-            return
-        entries = self._entries(enabled)
+        entries = self._entries(enabled) if enabled and self.active is None else []
         for module in entries:
-            self._handles.append(module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True))
+            self._entry_handles.append(module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True))
         by_place: dict[tuple[int, str], list[Bound]] = {}
+        self._install_parameters()
         for bound in enabled:
-            if bound.side == "param":
-                self._install_parameter(bound)
-            else:
+            if bound.side != "param":
                 by_place.setdefault((id(bound.module), bound.side), []).append(bound)
         for (_, side), bounds in by_place.items():
             self._install_point(side, bounds)
         for module in entries:
-            self._handles.append(module.register_forward_hook(self._left, always_call=True))
+            self._entry_handles.append(module.register_forward_hook(self._left))
+            self._entry_handles.append(module.register_forward_hook(self._failed, always_call=True))
 
     def _entries(self, enabled: list[Bound]) -> list[nn.Module]:
         """Modules whose call may be the outermost: the model, and the parts one or two levels down that hold hooks."""
@@ -154,12 +160,18 @@ class Runtime:
             hook = fast.output_hook(self, point, bounds) or point.on_output
             self._handles.append(module.register_forward_hook(hook))
 
-    def _install_parameter(self, bound: Bound) -> None:
-        owner, attribute = self.names.parameters[bound.name]
-        _, site = self.engines.gradient_site(owner, attribute)
-        parameter = owner._parameters.get(attribute)
-        if site.when == "local" and parameter is not None and parameter.requires_grad:
-            self._handles.append(parameter.register_hook(partial(self._on_parameter, bound, dict(site.stated))))
+    def _install_parameters(self) -> None:
+        for handle in self._parameter_handles:
+            handle.remove()
+        self._parameter_handles.clear()
+        for bound in self.bounds:
+            if bound.enabled and bound.side == "param":
+                owner, attribute = self.names.parameters[bound.name]
+                _, site = self.engines.gradient_site(owner, attribute)
+                parameter = owner._parameters.get(attribute)
+                if site.when == "local" and parameter is not None and parameter.requires_grad:
+                    hook = partial(self._on_parameter, bound, dict(site.stated))
+                    self._parameter_handles.append(parameter.register_hook(hook))
 
     # -- calls -------------------------------------------------------------------------------------------------
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,10 +180,13 @@ class Runtime:
             return
         if self.active is not None and self.active.module is not module:
             return
+        if self.backward_call is not None:  # a backward that failed
+            self._forget_backward()
         if self._engine_mark() != self._mark:
             self.refresh()
-            self.install()
-        self.active = ActiveCall(module, self.calls, args, kwargs)
+            self._install_parameters()
+        self.active = ActiveCall(module, self.calls, args, kwargs, torch.is_grad_enabled())
+        self.fast_call = None if self.mesh.axes or torch.is_inference_mode_enabled() else self.active
         self.calls += 1
         if self.mesh.axes:
             wanted = {
@@ -185,13 +200,13 @@ class Runtime:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Forwards in here are nobody's call: no hook of ours does anything."""
-        before = self.quiet, self.active
-        self.quiet, self.active = True, None
+        before = self.quiet, self.active, self.fast_call
+        self.quiet, self.active, self.fast_call = True, None, None
         try:
             with self.engines.undisturbed():
                 yield
         finally:
-            self.quiet, self.active = before
+            self.quiet, self.active, self.fast_call = before
 
     def call_now(self) -> ActiveCall:
         """The call a firing belongs to; in a recomputation, the one whose backward runs."""
@@ -199,26 +214,36 @@ class Runtime:
             return self.active
         if self.backward_call is not None:
             return self.backward_call
-        if self.remembered:
-            return next(reversed(self.remembered.values()))
+        for call in reversed(list(self.remembered.values())):
+            return call
         return ActiveCall(self.root, self.calls, (), {})
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
-        import sys
+        self.leave(module, output)
 
-        self.leave(module, args, output, succeeded=sys.exc_info()[0] is None or output is not None)
+    def _failed(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Runs after ``_left``, and without it where the forward raised."""
+        if not self.quiet and self.active is not None and self.active.module is module:
+            self.abandon()
 
-    def leave(self, module: nn.Module, args: Any, output: Any, *, succeeded: bool) -> None:
+    def abandon(self) -> None:
+        """The call is over without a result: what it staged goes."""
+        self.active = self.fast_call = None
+        self.inference.end()
+        self.failures.clear()
+        self.refused.clear()
+        if self._entries_stale:
+            self.install()
+
+    def leave(self, module: nn.Module, output: Any) -> None:
         """The forward is over. Deliver what it captured if all ranks are here, or keep it for a later point."""
         call = self.active
         if self.quiet or call is None or call.module is not module or in_backward() != -1:
             return
-        self.active = None
+        self.active = self.fast_call = None
         self.inference.end()
-        if not succeeded:
-            self.failures.clear()
-            self.refused.clear()
-            return
+        if self._entries_stale:
+            self.install()
         if not self.mesh.axes:
             fast.put_all(call.staged)
         else:
@@ -267,7 +292,7 @@ class Runtime:
                 return None
             layout = found
         local, finish = staged.local, None
-        if bound.selection is not None and not staged.gradient:
+        if bound.selection is not None and not staged.selected:
             taken = self.select_on_shards(bound, local, layout)
             if taken is not None:
                 local, layout = taken
@@ -295,7 +320,8 @@ class Runtime:
     def _deliver(self, items: list[Item]) -> None:
         if self.device_of_values.type == "cuda":
             torch.cuda.current_stream().synchronize()  # asynchronous copies are readable from here on
-        deliver(items, self.mesh)
+        with torch.inference_mode(False):
+            deliver(items, self.mesh)
 
     def _status(self, items: list[Item]) -> None:
         """One small exchange: does everybody hold the same values, and did nobody's edit fail?"""
@@ -407,14 +433,19 @@ class Runtime:
         if not interested and not len(self.modules):
             return
         self.remembered[call.index] = call
-        while len(self.remembered) > _REMEMBERED:
-            self.remembered.popitem(last=False)
         for tensor in tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._on_output_gradient, call))
 
     def _on_output_gradient(self, call: ActiveCall, grad: Tensor) -> None:
+        if self.backward_call is not None and self._backward_id != in_backward():  # of a backward that failed
+            self._forget_backward()
         self.arm(call)
+
+    def _forget_backward(self) -> None:
+        self.backward_call, self.backward_edited = None, False
+        self.gradient_staged, self.gradient_claims = [], {}
+        self._before.clear()
 
     def arm(self, call: ActiveCall) -> None:
         """The backward of ``call`` has begun; be called when the outermost backward is done, after the engines are."""
@@ -422,6 +453,7 @@ class Runtime:
         self.backward_call = call
         if not first:
             return
+        self._backward_id = in_backward()
         for bound in self._finished_parameters():
             owner, attribute = self.names.parameters[bound.name]
             engine, _ = self.engines.gradient_site(owner, attribute)
@@ -473,7 +505,6 @@ class Runtime:
             self._finish_parameter(bound)
         self._before.clear()
         if call is not None:
-            self.remembered.pop(call.index, None)
             call.snapshots.clear()
         staged, self.gradient_staged = self.gradient_staged, []
         if not self.mesh.axes:

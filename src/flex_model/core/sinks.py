@@ -15,12 +15,21 @@ class OutputSink:
 
     def __init__(self, output: dict[Any, Any]) -> None:
         self.output = output
-        self._taken: dict[str, HookType] = {}
+        self._taken: dict[str, tuple[HookType, Any, int]] = {}  # by whom, and how many of them
 
     def key_for(self, name: str, hook_type: HookType, index: Any) -> str | Site:
-        if self._taken.setdefault(name, hook_type) == hook_type:
-            return name
-        return Site(name, hook_type, index)
+        taken = self._taken.get(name)
+        return name if taken is None or taken[:2] == (hook_type, index) else Site(name, hook_type, index)
+
+    def take(self, key: str | Site, hook_type: HookType, index: Any) -> None:
+        if isinstance(key, str):
+            self._taken[key] = (hook_type, index, self._taken.get(key, (hook_type, index, 0))[2] + 1)
+
+    def release(self, key: str | Site) -> None:
+        if isinstance(key, str) and key in self._taken:
+            hook_type, index, count = self._taken.pop(key)
+            if count > 1:
+                self._taken[key] = (hook_type, index, count - 1)
 
     def put(self, key: str | Site, value: Any) -> None:
         self.output.setdefault(key, []).append(value)

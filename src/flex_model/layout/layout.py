@@ -60,25 +60,29 @@ def parse_layout(given: object, mesh: ModelMesh, where: str) -> dict[int, Placem
     if isinstance(given, Placement):
         given = [given]
     if isinstance(given, Mapping):
+        values: list[object] = list(given.values())
+    elif isinstance(given, Sequence) and not isinstance(given, str):
+        values = list(given)
+    else:
+        raise LayoutError(f"{where}: layout={given!r} is no layout; expected placements, such as {{'tp': Shard(2)}}.")
+    for placement in values:
+        if not isinstance(placement, (Shard, _StridedShard, Replicate, Partial)):
+            raise LayoutError(f"{where}: {placement!r} in layout= is no Shard, Replicate or Partial.")
+    if not mesh.axes:
+        return {}
+    if isinstance(given, Mapping):
         unknown = [n for n in given if n not in mesh.names]
-        if unknown and mesh.axes:
+        if unknown:
             raise LayoutError(
                 f"{where}: layout= names the axis {unknown[0]!r}; the model's axes are {list(mesh.names)}."
             )
-        pairs: list[tuple[int, Any]] = [(mesh.names.index(n), p) for n, p in given.items() if n in mesh.names]
-    elif isinstance(given, Sequence) and not isinstance(given, str):
-        if mesh.axes and len(given) != len(mesh.axes):
-            raise LayoutError(
-                f"{where}: layout= has {len(given)} placements; the model's mesh has {len(mesh.axes)} axes "
-                f"{list(mesh.names)}, one placement each is expected."
-            )
-        pairs = list(enumerate(given)) if mesh.axes else []
-    else:
-        raise LayoutError(f"{where}: layout={given!r} is no layout; expected placements, such as {{'tp': Shard(2)}}.")
-    for _, placement in pairs:
-        if not isinstance(placement, (Shard, _StridedShard, Replicate, Partial)):
-            raise LayoutError(f"{where}: {placement!r} in layout= is no Shard, Replicate or Partial.")
-    return dict(pairs)
+        return {mesh.names.index(n): p for n, p in given.items()}
+    if len(values) != len(mesh.axes):
+        raise LayoutError(
+            f"{where}: layout= has {len(values)} placements; the model's mesh has {len(mesh.axes)} axes "
+            f"{list(mesh.names)}, one placement each is expected."
+        )
+    return dict(enumerate(values))  # type: ignore[arg-type]
 
 
 def merge_parts(parts: Sequence[torch.Tensor], placement: Placement) -> torch.Tensor:

@@ -51,6 +51,9 @@ class Item:
 
 def to_host(tensor: Tensor, device: torch.device | None) -> Tensor:
     """A copy of ``tensor`` on ``device``; from a GPU to the CPU it is asynchronous, into pinned memory."""
+    if tensor.is_inference():  # a copy made outside of inference mode is an ordinary tensor
+        with torch.inference_mode(False):
+            return tensor.to(device, copy=True) if device is not None else tensor.clone()
     if device is None or tensor.device == device or tensor.device.type == device.type != "cuda":
         return tensor.detach().clone()
     if tensor.is_cuda and device.type == "cpu":
