@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from flex_model import FlexModel
 from torch import Tensor, nn
+
+from flex_model import FlexModel
 
 REGISTER = {
     "forward": "register_forward_hook",

@@ -24,7 +24,17 @@ from torch.distributed.tensor.parallel import (
 
 warnings.filterwarnings("ignore", message=".*FSDP.*")
 
-TWO_RANKS = ("ddp", "fsdp1", "fsdp1_orig", "fsdp2", "tp", "tp_local_head", "tp_dtensors", "loss_parallel", "sp")
+TWO_RANKS = (
+    "ddp",
+    "fsdp1",
+    "fsdp1_orig",
+    "fsdp2",
+    "tp",
+    "tp_local_head",
+    "tp_dtensors",
+    "loss_parallel",
+    "sp",
+)
 FOUR_RANKS = ("hsdp", "2d_tp", "2d_sp", "ddp_tp")
 CPU = torch.device("cpu")
 
@@ -46,9 +56,7 @@ def plan(style: str) -> dict[str, Any]:
         "sp": {
             "emb": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "layers.*.norm": SequenceParallel(),
-            "layers.*.mlp": PrepareModuleInput(
-                input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
-            ),
+            "layers.*.mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
             "layers.*.mlp.up": ColwiseParallel(),
             "layers.*.mlp.down": RowwiseParallel(output_layouts=Shard(1)),
             "norm": SequenceParallel(),

@@ -18,19 +18,23 @@ def _configs() -> dict[str, Any]:
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**llama)),
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**llama)),
         "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**llama, sliding_window=8)),
-        "gpt2": lambda: t.GPT2LMHeadModel(
-            t.GPT2Config(vocab_size=66, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=66, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
         "opt": lambda: t.OPTForCausalLM(
             t.OPTConfig(**common, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=True)
         ),
-        "mixtral": lambda: t.MixtralForCausalLM(
-            t.MixtralConfig(**llama, num_local_experts=4, num_experts_per_tok=2)
-        ),
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**llama, num_local_experts=4, num_experts_per_tok=2)),
         "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**moe)),
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**common, intermediate_size=48)),
         "t5": lambda: t.T5ForConditionalGeneration(
-            t.T5Config(vocab_size=66, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+            t.T5Config(
+                vocab_size=66,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                decoder_start_token_id=0,
+            )
         ),
     }
 

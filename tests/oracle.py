@@ -20,7 +20,9 @@ def leaves(value: Any) -> list[Tensor]:
     return tensors(value)
 
 
-def plain_hooks(model: nn.Module, run: Callable[[nn.Module], Tensor], *, backward: bool = True) -> dict[Key, list[Tensor]]:
+def plain_hooks(
+    model: nn.Module, run: Callable[[nn.Module], Tensor], *, backward: bool = True
+) -> dict[Key, list[Tensor]]:
     """Every module's inputs, outputs and their gradients, by torch's own hooks; the last are tensor hooks on aliases.
 
     torch's full backward hooks see positional tensors only and break in-place models, so that gradients are taken from
@@ -93,11 +95,16 @@ class Count:
         if len(got) != len(want):
             self.wrong.append(f"{label}: {len(got)} calls for {len(want)}")
             return
-        worst = max(relative_error(g, w) if isinstance(g, Tensor) else float("inf") for g, w in zip(got, want, strict=True))
+        worst = max(
+            relative_error(g, w) if isinstance(g, Tensor) else float("inf") for g, w in zip(got, want, strict=True)
+        )
         if worst <= tolerance:
             self.exact += 1
         else:
-            shapes = [(tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__, tuple(w.shape)) for g, w in zip(got, want, strict=True)]
+            shapes = [
+                (tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__, tuple(w.shape))
+                for g, w in zip(got, want, strict=True)
+            ]
             self.wrong.append(f"{label}: off by {worst:.2g} {shapes[:2]}")
 
     def __str__(self) -> str:

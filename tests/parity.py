@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from oracle import Count, plain_hooks, relative_error
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flex_model import FlexModel, Site
 from flex_model.errors import FlexModelError
-from oracle import Count, plain_hooks, relative_error
 
 TYPES = ("forward", "forward_pre", "full_backward_pre", "full_backward")
 
@@ -105,4 +105,3 @@ def square(output: Any) -> Tensor:
     logits = output.logits if hasattr(output, "logits") else output
     logits = logits if isinstance(logits, Tensor) else logits[0]
     return logits.float().pow(2).mean()
-

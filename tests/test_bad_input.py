@@ -7,6 +7,12 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import REGISTER, unchanged
+from models import net, tokens
+from torch import nn
+from torch.distributed.tensor import Shard
+from worlds import run_world
+
 from flex_model import FlexModel, HookFunction
 from flex_model.errors import (
     DeliveryError,
@@ -19,12 +25,6 @@ from flex_model.errors import (
     RegistrationError,
     ShapeError,
 )
-from torch import nn
-from torch.distributed.tensor import Shard
-
-from conftest import REGISTER, unchanged
-from models import net, tokens
-from worlds import run_world
 
 NAME = "layers.0.mlp"
 
@@ -252,11 +252,7 @@ def test_wrong_expected_shape(fm, shape, edit):
     other = fm.register_forward_hook(HookFunction("norm"))
     with pytest.raises(ShapeError) as caught:
         fm(tokens())
-    assert (
-        "layers.0.mlp" in str(caught.value)
-        and str(shape) in str(caught.value)
-        and "(4, 6, 8)" in str(caught.value)
-    )
+    assert "layers.0.mlp" in str(caught.value) and str(shape) in str(caught.value) and "(4, 6, 8)" in str(caught.value)
     assert {k: len(v) for k, v in fm.output_ptr.items()} == {"head": 1}
     handle.remove(), other.remove()
     assert torch.equal(fm(tokens()), net()(tokens()))

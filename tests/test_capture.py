@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from flex_model import FlexModel, HookFunction, Site, edits
-from flex_model.errors import DeliveryError, NameNotFoundError
+from conftest import installed, keep, same_gradients, torch_hook
+from models import net, tokens
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from conftest import installed, keep, same_gradients, torch_hook
-from models import net, tokens
+from flex_model import FlexModel, HookFunction, Site, edits
+from flex_model.errors import DeliveryError, NameNotFoundError
 
 MLPS = ["layers.0.mlp", "layers.1.mlp"]
 

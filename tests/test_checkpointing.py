@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from flex_model import FlexModel, HookFunction
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
 from conftest import REGISTER, gradients, keep, same_gradients, torch_hook
 from models import Net, inputs, make, net, tokens
 from oracle import relative_error
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flex_model import FlexModel, HookFunction
 
 BOTH = pytest.mark.parametrize("reentrant", [True, False])
 
@@ -63,9 +63,7 @@ def test_an_edit_runs_again(reentrant, name, kind, capture):
     plain, runs, seen = net(), [], []
     torch_hook(plain, name, kind, lambda x: (keep(seen)(x), x.softmax(-1) * x)[1])
     fm = FlexModel(checkpointed(reentrant), {})
-    hook = HookFunction(
-        name, editing_function=lambda x: (runs.append(1), x.softmax(-1) * x)[1], capture=capture
-    )
+    hook = HookFunction(name, editing_function=lambda x: (runs.append(1), x.softmax(-1) * x)[1], capture=capture)
     getattr(fm, REGISTER[kind])(hook)
     step(plain), step(fm)
     assert same_gradients(fm.module, plain) and len(runs) == 2
@@ -118,11 +116,7 @@ class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for _ in range(2):
-            x = (
-                self.block(x)
-                if self.reentrant is None
-                else checkpoint(self.block, x, use_reentrant=self.reentrant)
-            )
+            x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
         return x
 
     def block(self, x: Tensor) -> Tensor:
@@ -249,7 +243,6 @@ def test_checkpointing_of_a_language_model(reentrant):
     for m in (plain, fm):
         m(**batch).logits.pow(2).mean().backward()
     assert (
-        torch.equal(fm.output_ptr["model.layers.0.mlp"][0], seen[0])
-        and len(fm.output_ptr["model.layers.0.mlp"]) == 1
+        torch.equal(fm.output_ptr["model.layers.0.mlp"][0], seen[0]) and len(fm.output_ptr["model.layers.0.mlp"]) == 1
     )
     assert same_gradients(fm.module, plain)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from flex_model import DummyModule, FlexModel, HookFunction, Site
-from flex_model.errors import EditError, FlexModelError, GroupError, LayoutError, ShapeError
-from flex_model.trees import tensors
+from conftest import REGISTER, installed, keep, torch_hook
+from models import Block, inputs, make, net, tokens
+from oracle import relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from conftest import REGISTER, installed, keep, torch_hook
-from models import Block, inputs, make, net, tokens
-from oracle import relative_error
 from worlds import run_world
+
+from flex_model import DummyModule, FlexModel, HookFunction, Site
+from flex_model.errors import EditError, FlexModelError, GroupError, LayoutError, ShapeError
+from flex_model.trees import tensors
 
 UP, MLP = "layers.0.mlp.up", "layers.0.mlp"
 ENGINES = pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "tp"])
@@ -297,9 +297,7 @@ def _contents_of(container: str, engine: str) -> None:
         fm.capture("place", hook_type="forward_pre") as before,
     ):
         out = fm(x=x)
-    assert (
-        relative_error(first["place"], expected) < 1e-6 and relative_error(before["place"], expected) < 1e-6
-    )
+    assert relative_error(first["place"], expected) < 1e-6 and relative_error(before["place"], expected) < 1e-6
     assert relative_error(last["place"], expected * 2) < 1e-6
     assert torch.equal(given["linear"], rows())
     assert type(out) is type(Held(container)(x=x))

@@ -1,4 +1,4 @@
-"""Edits that mix across the sharded dim and the batch: outputs and all gradients equal the oracle's, in every run mode."""
+"""Edits that mix across the sharded dim and the batch: outputs and all gradients equal the oracle's, however run."""
 
 from __future__ import annotations
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flex_model import FlexModel, HookFunction
-from flex_model.errors import GroupError, NameNotFoundError, RegistrationError
-
 from conftest import installed, unchanged
 from models import net, tokens
+
+from flex_model import FlexModel, HookFunction
+from flex_model.errors import GroupError, NameNotFoundError, RegistrationError
 
 PLACES = ("layers.0.mlp", "layers.1.mlp", "head")
 

@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from flex_model import FlexModel, HookFunction, Site
-from torch import Tensor, nn
-
 from conftest import REGISTER, installed, keep, same_gradients, torch_hook, unchanged
 from models import net, tokens
 from oracle import relative_error
+from torch import Tensor, nn
 from worlds import run_world
+
+from flex_model import FlexModel, HookFunction, Site
 
 PLACE = {kind: "layers.0.mlp" for kind in REGISTER} | {"tensor": "layers.0.mlp.up.weight"}
 KINDS = list(REGISTER)
@@ -222,9 +222,7 @@ def test_several_tensors_are_keyed_by_their_sites():
 @pytest.mark.parametrize("index", ["b.1", 2, ("b.1",), ["a", "b.1"], "all"])
 def test_edits_of_chosen_tensors(index):
     x, edited = torch.randn(3, 4), []
-    which = {"all": (0, 1, 2), ("a", "b.1"): (0, 2)}.get(
-        tuple(index) if isinstance(index, list) else index, (2,)
-    )
+    which = {"all": (0, 1, 2), ("a", "b.1"): (0, 2)}.get(tuple(index) if isinstance(index, list) else index, (2,))
 
     def hook(module, args, out):
         a, b0, b1 = (t * 3 if i in which else t for i, t in enumerate((out["a"], *out["b"])))
@@ -298,8 +296,7 @@ def test_select_when_editing(kind, select):
         assert torch.equal(step(fm), step(plain))
     assert torch.equal(given[0], take(seen[0]))
     assert all(
-        torch.allclose(p.grad, q.grad, atol=1e-7)
-        for p, q in zip(fm.parameters(), plain.parameters(), strict=True)
+        torch.allclose(p.grad, q.grad, atol=1e-7) for p, q in zip(fm.parameters(), plain.parameters(), strict=True)
     )
 
 
@@ -390,9 +387,7 @@ def test_a_hook_that_removes_itself(others):
     assert len(runs) == 1
     assert [torch.equal(a, b) for a, b in zip(fm.output_ptr["layers.0.mlp"], seen, strict=True)] == [True]
     if others:
-        assert torch.equal(fm.output_ptr["head"][0], edited) and torch.equal(
-            fm.output_ptr["head"][1], expected
-        )
+        assert torch.equal(fm.output_ptr["head"][0], edited) and torch.equal(fm.output_ptr["head"][1], expected)
         assert len(fm.output_ptr["emb"]) == 2
     else:
         assert installed(fm.module) == 0

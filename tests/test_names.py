@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flex_model import FlexModel, HookFunction
-from flex_model.core.names import Names, glob_to_regex
-from flex_model.errors import NameNotFoundError
+from models import Block, net, tokens
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from models import Block, net, tokens
 from worlds import run_world
+
+from flex_model import FlexModel, HookFunction
+from flex_model.core.names import Names, glob_to_regex
+from flex_model.errors import NameNotFoundError
 
 PLAIN = [n for n, _ in net().named_modules()]
 PARAMETERS = [n for n, _ in net().named_parameters()]
@@ -71,9 +71,7 @@ def wrap(how: str) -> nn.Module:
         return DDP(model)
     if how == "ddp of compiled":
         return DDP(torch.compile(model))
-    return FSDP(
-        model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu")
-    )
+    return FSDP(model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu"))
 
 
 def _names_under(how: str) -> None:
@@ -86,9 +84,7 @@ def _names_under(how: str) -> None:
     assert {names.clean(n) for n in raw} == set(PLAIN)
     assert all(names.clean(n) == names.clean(f"module.{n}") == n for n in PLAIN if n)
     assert names.clean("_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.mlp") == "layers.0.mlp"
-    assert names.modules["layers.0.mlp.up"] is next(
-        m for n, m in wrapped.named_modules() if n.endswith("mlp.up")
-    )
+    assert names.modules["layers.0.mlp.up"] is next(m for n, m in wrapped.named_modules() if n.endswith("mlp.up"))
 
 
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])

@@ -43,9 +43,7 @@ def _uneven() -> tuple[str, list[str], int]:
     plain = models.net(hidden=15)
     placed = engines.place("tp_dtensors", copy.deepcopy(plain))
     full = models.tokens()
-    count = parity.compare(
-        placed.model, plain, lambda m: engines.loss(m(full)), lambda m: engines.loss(m(full))
-    )
+    count = parity.compare(placed.model, plain, lambda m: engines.loss(m(full)), lambda m: engines.loss(m(full)))
     return str(count), count.wrong + count.refused, count.tried
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-import flex_model.core
-import flex_model.core.core_utils
 import torch
-from flex_model import FlexModel, HookFunction
-from flex_model.utils import setup_logger
-from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
 from conftest import installed, same_gradients
 from models import Block, net, tokens
 from oracle import relative_error
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from worlds import run_world
+
+import flex_model.core
+import flex_model.core.core_utils
+from flex_model import FlexModel, HookFunction
+from flex_model.utils import setup_logger
 
 HIDDEN = 16
 NAME = "layers.1.mlp.up"
@@ -110,9 +110,7 @@ def _example_under_fsdp(inputs: Tensor) -> None:
     for mine, theirs in zip(model.trainable_modules["mlp"].parameters(), mlp.parameters(), strict=True):
         assert relative_error(mine.grad, theirs.grad) < 1e-5
     with FSDP.summon_full_params(wrapped, with_grads=True):
-        grads = {
-            n: p.grad.clone() for n, p in model.named_parameters() if not n.startswith("trainable_modules.")
-        }
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if not n.startswith("trainable_modules.")}
     for name, parameter in plain.named_parameters():
         assert relative_error(grads[name], parameter.grad) < 1e-5, name
 

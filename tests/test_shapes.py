@@ -1,4 +1,4 @@
-"""Values that are not plain even batches: uneven and ragged batches, no batch dim, decoding, partial sums, strided shards."""
+"""Values that are no plain even batch: uneven, ragged, without a batch dim, decoded, partial sums, strided shards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def _uneven_batches(engine: str) -> list[Any]:
         fm(mine).pow(2).mean().backward()
     import parity
 
-    return [relative_error(acts["layers.1"], seen["layer"]) < 1e-5, parity.wrong_gradients(fm, plain, parameters)]
+    return [
+        relative_error(acts["layers.1"], seen["layer"]) < 1e-5,
+        parity.wrong_gradients(fm, plain, parameters),
+    ]
 
 
 def test_uneven_batches_ddp() -> None:
@@ -153,7 +156,10 @@ def _partial(grad: bool) -> list[Any]:
     plain, x = PartialSum(), torch.randn(3, 5, 8)
     model = copy.deepcopy(plain)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel(output_layouts=Partial(), use_local_output=False)}
+    plan = {
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(output_layouts=Partial(), use_local_output=False),
+    }
     parallelize_module(model, mesh, plan)
     seen: dict[str, Tensor] = {}
     plain.down.register_forward_hook(lambda m, a, o: seen.__setitem__("down", o.detach()) or torch.tanh(o))
@@ -161,7 +167,10 @@ def _partial(grad: bool) -> list[Any]:
     fm = FlexModel(model)
     with torch.set_grad_enabled(grad), fm.capture("down") as acts, fm.edit("down", torch.tanh):
         got = fm(x)
-    result = [relative_error(acts["down"], seen["down"]) < 1e-5, relative_error(got.full_tensor(), want) < 1e-5]
+    result = [
+        relative_error(acts["down"], seen["down"]) < 1e-5,
+        relative_error(got.full_tensor(), want) < 1e-5,
+    ]
     if grad:
         want.pow(2).sum().backward()
         got.full_tensor().pow(2).sum().backward()
@@ -264,7 +273,13 @@ def _decode(tp: bool, path: str) -> list[Any]:
         plain.get_submodule(site).register_forward_hook(
             lambda m, a, o, site=site: want.setdefault(site, []).append((o if isinstance(o, Tensor) else o[0]).clone())
         )
-    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
+    options = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "use_cache": True,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     expected = plain.generate(ids, **options)
     fm = FlexModel(model)
     with fm.edit("model.layers.0.mlp", steer), fm.capture(*sites) as acts:

@@ -6,12 +6,12 @@ import inspect
 
 import pytest
 import torch
-from flex_model import FlexModel, HookFunction
+from models import inputs, make, net, tokens
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from models import inputs, make, net, tokens
 from worlds import run_world
+
+from flex_model import FlexModel, HookFunction
 
 KEYS = list(net().state_dict())
 
@@ -19,9 +19,7 @@ KEYS = list(net().state_dict())
 def probed(model: nn.Module) -> FlexModel:
     fm = FlexModel(model)
     fm.register_trainable_module("probe", nn.Linear(8, 8))
-    fm.register_forward_hook(
-        HookFunction("norm", editing_function=lambda m, x, c, modules: modules["probe"](x))
-    )
+    fm.register_forward_hook(HookFunction("norm", editing_function=lambda m, x, c, modules: modules["probe"](x)))
     return fm
 
 
@@ -137,9 +135,7 @@ def test_unknown_attributes_reach_the_wrapped_model():
     model = make("llama")
     fm = FlexModel(model)
     assert (
-        fm.config is model.config
-        and fm.model is model.model
-        and fm.get_input_embeddings() is model.model.embed_tokens
+        fm.config is model.config and fm.model is model.model and fm.get_input_embeddings() is model.model.embed_tokens
     )
     assert not hasattr(fm, "zzz") and fm.dtype == torch.float32
     with pytest.raises(AttributeError, match="zzz"):

@@ -97,7 +97,15 @@ def _accumulated(engine: str, no_sync: bool) -> list[str]:
 
 @pytest.mark.parametrize(
     ("engine", "no_sync"),
-    [("ddp", False), ("ddp", True), ("fsdp1", False), ("fsdp1", True), ("fsdp2", False), ("fsdp2", True), ("tp", False)],
+    [
+        ("ddp", False),
+        ("ddp", True),
+        ("fsdp1", False),
+        ("fsdp1", True),
+        ("fsdp2", False),
+        ("fsdp2", True),
+        ("tp", False),
+    ],
 )
 def test_accumulation(engine: str, no_sync: bool) -> None:
     assert run_world(2, _accumulated, engine, no_sync) == [[]] * 2

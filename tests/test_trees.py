@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from flex_model.trees import copy_tree, find_leaves, input_leaves, replace_leaves, resolve_index, tensors
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flex_model.trees import copy_tree, find_leaves, input_leaves, replace_leaves, resolve_index, tensors
 
 Pair = namedtuple("Pair", "left right")
 

@@ -1,4 +1,4 @@
-"""Worlds of several ranks on one machine: forked processes over gloo. Forking a warm parent takes well under a second."""
+"""Worlds of several ranks on one machine: forked processes over gloo, up in well under a second."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def _child(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29400")
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=90)
+            "gloo",
+            store=dist.FileStore(store, size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=90),
         )
         torch.manual_seed(0)
         result = fn(*args)

@@ -82,9 +82,7 @@ def _packaged_gguf(package: str) -> Path:
 def _only_gguf(path: Path) -> Path:
     found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if not found or found[0].suffix != ".gguf":
-        raise ModelError(
-            f"--model {path}: expected config.json and *.safetensors, or a .gguf; found neither."
-        )
+        raise ModelError(f"--model {path}: expected config.json and *.safetensors, or a .gguf; found neither.")
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise ModelError(f"--model {path}: expected one .gguf, found {names}; name the one you mean.")

@@ -11,17 +11,25 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 __all__ = ["add", "scale", "zero"]
 
 Edit = Callable[[Tensor], Tensor]
 
 
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """``tensor`` as something ``x`` can be combined with: replicated where ``x`` is a DTensor."""
+    if not isinstance(x, DTensor):
+        return tensor
+    return DTensor.from_local(tensor, x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False)
+
+
 def add(vector: Tensor, *, scale: float = 1.0) -> Edit:
     """Add ``scale * vector`` to the value (steering). ``vector`` broadcasts against it; dtype and device follow it."""
 
     def edit(x: Tensor) -> Tensor:
-        return x + scale * vector.to(device=x.device, dtype=x.dtype)
+        return x + _like(scale * vector.to(device=x.device, dtype=x.dtype), x)
 
     return edit
 
@@ -41,6 +49,10 @@ def zero(index: Sequence[int] | None = None, *, dim: int = -1) -> Edit:
     def edit(x: Tensor) -> Tensor:
         if index is None:
             return torch.zeros_like(x)
-        return x.index_fill(dim, torch.as_tensor(list(index), device=x.device), 0)
+        size = [1] * x.dim()
+        size[dim] = x.shape[dim]
+        keep = torch.ones(x.shape[dim], dtype=x.dtype, device=x.device)
+        keep[list(index)] = 0
+        return x * _like(keep.view(size), x)
 
     return edit

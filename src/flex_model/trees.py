@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["Leaf", "copy_tree", "find_leaves", "first_tensor", "input_leaves", "replace_leaves", "resolve_index", "tensors"]
+__all__ = [
+    "Leaf",
+    "copy_tree",
+    "find_leaves",
+    "first_tensor",
+    "input_leaves",
+    "replace_leaves",
+    "resolve_index",
+    "tensors",
+]
 
 UnpackIdx = int | str | tuple[int | str, ...] | list[int | str]
 

@@ -62,7 +62,7 @@ class ActiveCall:
         named = {leaf.path: leaf.tensor for leaf in find_leaves(self.kwargs)}
         positions = named.get("position_ids", named.get("cache_position"))
         cache = self.kwargs.get("past_key_values")
-        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        length = getattr(cache, "get_seq_length", lambda: 0)()
         decoding = lead is not None and lead.dim() > 1 and lead.shape[1] == 1 and int(length) > 0
         return Call(self.index, phase="decode" if decoding else "prefill", positions=positions)
 

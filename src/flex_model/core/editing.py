@@ -83,7 +83,9 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
     with generator, context.modules.inside_edit():
         out = bound.edit(bound.module, value, context.save_ctx, context.modules, site, call)
     if before is not None and not torch.equal(before, torch.get_rng_state()):
-        raise EditError(f"{bound.where}: the editing function draws random numbers; pass random=True to the HookFunction.")
+        raise EditError(
+            f"{bound.where}: the editing function draws random numbers; pass random=True to the HookFunction."
+        )
     if out is None:
         if version is None or value._version == version:
             return None
@@ -91,9 +93,8 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
     if value is live and version is not None and value._version != version and not isinstance(full, DTensor):
         refuse_write(bound)
     check_answer(bound, value, out)
-    if selection is None:
-        return out
-    return selection.put(full, out)
+    edited: Tensor = out
+    return edited if selection is None else selection.put(full, edited)
 
 
 def refuse_write(bound: Bound) -> None:
@@ -106,7 +107,9 @@ def refuse_write(bound: Bound) -> None:
 
 def check_answer(bound: Bound, value: Tensor, out: object) -> None:
     if not isinstance(out, Tensor):
-        raise ShapeError(f"{bound.where}: the editing function returned {type(out).__name__}; expected a tensor or None.")
+        raise ShapeError(
+            f"{bound.where}: the editing function returned {type(out).__name__}; expected a tensor or None."
+        )
     if out.shape != value.shape:
         raise ShapeError(
             f"{bound.where}: the editing function returned the shape {tuple(out.shape)}, "
@@ -122,10 +125,10 @@ def check_answer(bound: Bound, value: Tensor, out: object) -> None:
 Outcome = tuple[Tensor | None, Tensor | None]
 
 
-def _every_rank(
-    bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call
-) -> Outcome:
-    route = Route(context.mesh, layout, local, axes=bound.axes, even_axes=context.even_axes) if context.mesh.axes else None
+def _every_rank(bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call) -> Outcome:
+    route = (
+        Route(context.mesh, layout, local, axes=bound.axes, even_axes=context.even_axes) if context.mesh.axes else None
+    )
     if route is None or route.trivial:
         out = _call(bound, context, local, index, call)
         return out, local
@@ -135,9 +138,7 @@ def _every_rank(
     return (None if out is None else route.reshard(out)), whole
 
 
-def _one_rank(
-    bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call
-) -> Outcome:
+def _one_rank(bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call) -> Outcome:
     mesh, modules = context.mesh, context.modules
     scale = gradient_scale(mesh, layout, range(len(mesh.axes)))
     route = OneRankRoute(mesh, layout, local)
@@ -157,9 +158,7 @@ def _one_rank(
     return scale_gradient(back, 1 / scale), None
 
 
-def _sharded(
-    bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call
-) -> Outcome:
+def _sharded(bound: Bound, context: EditContext, local: Tensor, layout: Layout, index: int, call: Call) -> Outcome:
     mesh = context.mesh
     if not mesh.axes:
         return _call(bound, context, local, index, call), local
@@ -201,8 +200,8 @@ class _NoLostWrites(TorchDispatchMode):
                 written = argument.alias_info is not None and argument.alias_info.is_write
                 if written and isinstance(value, DTensor) and id(value) in self.views:
                     raise EditError(
-                        f"{self.bound.where}: an edit with run='sharded' writes in place through a view ({func}), which "
-                        f"could be lost; use an out-of-place operation such as torch.slice_scatter or torch.where."
+                        f"{self.bound.where}: an edit with run='sharded' writes in place through a view ({func}), "
+                        f"which could be lost; use an out-of-place operation such as torch.where or slice_scatter."
                     )
         out = func(*args, **(kwargs or {}))
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
@@ -210,4 +209,3 @@ class _NoLostWrites(TorchDispatchMode):
                 if isinstance(tensor, DTensor):
                     self.views[id(tensor)] = tensor
         return out
-

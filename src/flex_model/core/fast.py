@@ -22,10 +22,14 @@ Hook = Callable[[nn.Module, Any, Any], Any]
 
 
 def put_all(staged: Iterable[Staged]) -> None:
-    """Staged values of one process to their sinks: they are whole already. A wrong shape leaves all sinks as they were."""
+    """Staged values of one process to their sinks: they are whole already. A wrong shape leaves all as it was."""
     staged = list(staged)
     for one in staged:
-        if one.bound.hook.expected_shape is not None and not one.selected and (problem := check_expected(one.bound, one.local)):
+        if (
+            one.bound.hook.expected_shape is not None
+            and not one.selected
+            and (problem := check_expected(one.bound, one.local))
+        ):
             raise ShapeError(problem)
     for one in staged:
         bound = one.bound

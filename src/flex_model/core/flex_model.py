@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from flex_model.core.bound import Bound, check_expected
@@ -27,7 +25,8 @@ from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_ro
 from flex_model.core.runtime import Runtime
 from flex_model.core.sinks import OutputSink
 from flex_model.core.whole import full_batch, full_output
-from flex_model.errors import MeshError, RegistrationError, ShapeError
+from flex_model.core.wrapping import check_sizes, largest_mesh, plain_keys, with_signature_of, wrapped_keys
+from flex_model.errors import RegistrationError, ShapeError
 from flex_model.routing.delivery import Deliver
 
 __all__ = ["FlexModel"]
@@ -79,7 +78,7 @@ class FlexModel(nn.Module):
             mean=data_reduction == "mean",
             timeout=timeout,
         )
-        _check_sizes(runtime, tensor_parallel_size, pipeline_parallel_size, data_parallel_size, process_group)
+        check_sizes(runtime, tensor_parallel_size, pipeline_parallel_size, data_parallel_size, process_group)
         self.module = module
         self.trainable_modules = runtime.modules
         self.output_ptr: dict[Any, Any] = {} if output_ptr is None else output_ptr
@@ -89,14 +88,12 @@ class FlexModel(nn.Module):
         self._chosen: tuple[str | Sequence[str], bool] = (ALL, False)
         self._finalizer = weakref.finalize(self, Runtime.uninstall, runtime)
         self.training = module.training
-        self.forward = MethodType(_with_signature_of(module), self)  # type: ignore[method-assign]
-        self._register_state_dict_hook(_plain_keys)
-        self.register_load_state_dict_pre_hook(_wrapped_keys)
+        self.forward = MethodType(with_signature_of(module), self)  # type: ignore[method-assign]
+        self._register_state_dict_hook(plain_keys)
+        self.register_load_state_dict_pre_hook(wrapped_keys)
 
     # -- running -----------------------------------------------------------------------------------------------
-    def _forward(
-        self, *args: Any, groups: str | Sequence[str] = ALL, complement: bool = False, **kwargs: Any
-    ) -> Any:
+    def _forward(self, *args: Any, groups: str | Sequence[str] = ALL, complement: bool = False, **kwargs: Any) -> Any:
         if groups == ALL and not complement:
             return self._run(*args, **kwargs)
         with self.groups(groups, complement=complement):
@@ -121,11 +118,11 @@ class FlexModel(nn.Module):
     @property
     def seed(self) -> int:
         """The seed of edits with ``random=True``; the same on every rank."""
-        return self._runtime.context.seed
+        return self._runtime.seed
 
     @seed.setter
     def seed(self, value: int) -> None:
-        self._runtime.context.seed = value
+        self._runtime.seed = self._runtime.context.seed = value
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -265,7 +262,7 @@ class FlexModel(nn.Module):
         runtime.install()
         try:
             yield acts
-            runtime.flush()
+            runtime.outbox.flush()
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
             runtime.install()
@@ -279,7 +276,7 @@ class FlexModel(nn.Module):
         hook_type: HookType = "forward",
         **keywords: Any,
     ) -> Iterator[list[HookFunction]]:
-        """Apply an editing function wherever the pattern matches while the block runs; takes HookFunction's keywords."""
+        """Apply an editing function wherever the pattern matches within the block; takes HookFunction's keywords."""
         runtime = self._runtime
         keywords = {"capture": False, **keywords}
         of = "parameter" if hook_type == "tensor" else "module"
@@ -298,7 +295,7 @@ class FlexModel(nn.Module):
 
     def flush(self) -> None:
         """Deliver what is still on its way. All ranks call it."""
-        self._runtime.flush()
+        self._runtime.outbox.flush()
 
     # -- the whole of things -----------------------------------------------------------------------------------
     def full_output(self, output: Any) -> Any:
@@ -306,7 +303,7 @@ class FlexModel(nn.Module):
         return full_output(self._runtime, output)
 
     def full_batch(self, batch: Any) -> Any:
-        """The whole batch, in capture order, from this rank's part: any tree of tensors with the batch first. Collective."""
+        """The whole batch, in capture order, from this rank's part: any tree of tensors, batch first. Collective."""
         return full_batch(self._runtime, batch)
 
     def register_trainable_module(self, name: str, module: nn.Module) -> None:
@@ -316,7 +313,7 @@ class FlexModel(nn.Module):
         if name in self.trainable_modules:
             raise RegistrationError(f"a trainable module {name!r} is registered already.")
         self.trainable_modules[name] = module
-        mesh = _largest_mesh(self.module)
+        mesh = largest_mesh(self.module)
         if mesh is not None:
             self.trainable_modules.on_mesh(mesh)
 
@@ -405,70 +402,3 @@ class _Handle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-def _with_signature_of(module: nn.Module) -> Callable[..., Any]:
-    """FlexModel's forward under the wrapped model's signature, so that trainers keep the right dataset columns."""
-
-    def forward(self: FlexModel, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
-
-    forward.__doc__ = "The wrapped model's forward; ``groups`` and ``complement`` choose the hooks of this one call."
-    try:
-        inner = inspect.signature(module.forward)
-    except (TypeError, ValueError):
-        return forward
-    names = inner.parameters
-    own = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d)
-        for n, d in (("groups", ALL), ("complement", False))
-        if n not in names
-    ]
-    parameters = list(names.values())
-    tail = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    head = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    head = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) if p.kind is p.POSITIONAL_ONLY else p for p in head]
-    forward.__signature__ = inner.replace(parameters=[first, *head, *own, *tail])  # type: ignore[attr-defined]
-    return forward
-
-
-def _plain_keys(module: FlexModel, state: dict[str, Any], prefix: str, _: Any) -> dict[str, Any]:
-    """state_dict hook: the plain model's keys, without ``module.`` and what engines add."""
-    inner = f"{prefix}module."
-    for key in [k for k in state if k.startswith(inner)]:
-        state[prefix + module._runtime.names.plain_key(key[len(inner) :])] = state.pop(key)
-    return state
-
-
-def _wrapped_keys(module: FlexModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """load_state_dict hook: the inverse."""
-    own = f"{prefix}trainable_modules."
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
-        state[f"{prefix}module.{module._runtime.names.wrapped_key(key[len(prefix) :])}"] = state.pop(key)
-
-
-def _largest_mesh(module: nn.Module) -> DeviceMesh | None:
-    meshes = [p.device_mesh for p in module.parameters() if isinstance(p, DTensor)]
-    return max(meshes, key=lambda m: m.ndim, default=None)
-
-
-def _check_sizes(
-    runtime: Runtime, tensor: int | None, pipeline: int | None, data: int | None, group: dist.ProcessGroup | None
-) -> None:
-    found = {"tensor": 1, "data": 1}
-    for axis in runtime.mesh.axes:
-        found[axis.kind] *= axis.size
-    for name, given, kind in (("tensor_parallel_size", tensor, "tensor"), ("data_parallel_size", data, "data")):
-        if given is not None and given != found[kind]:
-            raise MeshError(
-                f"{name}={given} was given, but the model has {found[kind]} "
-                f"(engines found: {', '.join(runtime.engines.names) or 'none'}; {runtime.mesh}); leave it out or correct it."
-            )
-    if pipeline is not None and pipeline != 1:
-        raise MeshError(f"pipeline_parallel_size={pipeline} was given, but the model has 1; leave it out or correct it.")
-    if group is not None and sorted(dist.get_process_group_ranks(group)) != sorted(runtime.mesh.ranks) and runtime.mesh.axes:
-        raise MeshError(
-            f"process_group has the ranks {dist.get_process_group_ranks(group)}, but the model is on {runtime.mesh.ranks}."
-        )
-

@@ -25,7 +25,7 @@ class Site(NamedTuple):
 
     name: str
     hook_type: str
-    index: int | str = 0
+    index: int | str = 0  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,11 @@ class HookFunction:
         if not isinstance(module_name, str):
             raise RegistrationError(f"module_name must be a string, got {type(module_name).__name__}.")
         if run not in get_args(RunMode):
-            raise RegistrationError(
-                f"HookFunction({module_name!r}): run={run!r} is unknown; expected 'every_rank', 'one_rank' or 'sharded'."
-            )
+            known = ", ".join(map(repr, get_args(RunMode)))
+            raise RegistrationError(f"HookFunction({module_name!r}): run={run!r} is unknown; expected one of {known}.")
         if expected_shape is not None and not _is_shape(expected_shape):
             raise RegistrationError(
-                f"HookFunction({module_name!r}): expected_shape must hold one size or None a dim, got {expected_shape!r}."
+                f"HookFunction({module_name!r}): expected_shape must hold a size or None a dim, got {expected_shape!r}."
             )
         if editing_function is not None and not callable(editing_function):
             raise RegistrationError(

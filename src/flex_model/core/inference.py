@@ -37,7 +37,7 @@ class Spot(NamedTuple):
 
     name: str
     side: str
-    index: int
+    index: int  # type: ignore[assignment]
     gradient: bool = False
     override: tuple[Any, ...] = ()
 
@@ -119,7 +119,12 @@ class Inference:
         return None if self.mesh.axes else self._trivial
 
     def claim(
-        self, form: Form, value: Tensor, module: nn.Module, occurrence: int, expected: tuple[int | None, ...] | None
+        self,
+        form: Form,
+        value: Tensor,
+        module: nn.Module,
+        occurrence: int,
+        expected: tuple[int | None, ...] | None,
     ) -> Claim:
         """This rank's claim for a value that has no settled layout."""
         spot = form.spot

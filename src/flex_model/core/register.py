@@ -1,4 +1,4 @@
-"""From what the user asked for to ``Bound`` hooks: everything that can be wrong is found here, before anything changes."""
+"""From what the user asked for to ``Bound`` hooks: what can be wrong is found here, before anything changes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def bind(
         edit=None if edit is None else edit.call,
         wants_call=edit is not None and edit.wants_call,
         takes_value_only=edit is not None and edit.value_only,
-        may_write=hook.editing_function is not None and (hook_type not in ("forward", "forward_pre") or may_write(hook.editing_function)),
+        may_write=hook.editing_function is not None
+        and (hook_type not in ("forward", "forward_pre") or may_write(hook.editing_function)),
         deliver=deliver,
         selection=selection,
         override=override,
@@ -126,7 +127,9 @@ def capture_bounds(
     found = list({clean: (key, clean) for key, clean in reversed(found)}.values())[::-1]
     if hook_type == "tensor":
         found = [(k, c) for k, c in found if runtime.names.requires_grad(c)] or found
-    elsewhere = "" if deliver != "main" or runtime.mesh.is_main else f"deliver='main' sent it to rank {runtime.mesh.main}."
+    elsewhere = (
+        "" if deliver != "main" or runtime.mesh.is_main else f"deliver='main' sent it to rank {runtime.mesh.main}."
+    )
     acts = Captured([key for key, _ in found], elsewhere)
     values, gradients = _ValueSink(acts), _GradientSink(acts)
     bounds = []

@@ -78,7 +78,13 @@ def site_rows(runtime: Runtime) -> list[SiteRow]:
             row = SiteRow(spot.name, kind, spot.side, spot.index, None, "refused", str(layout))
         else:
             row = SiteRow(
-                spot.name, kind, spot.side, spot.index, layout.shape, _describe(layout, runtime), layout.evidence
+                spot.name,
+                kind,
+                spot.side,
+                spot.index,
+                layout.shape,
+                _describe(layout, runtime),
+                layout.evidence,
             )
         known.setdefault((spot.name, spot.side), []).append(row)
     rows = []
@@ -112,7 +118,7 @@ def _cost(bound: Bound, layout: Layout, runtime: Runtime) -> PlanRow:
     shards = prod(runtime.mesh.axes[i].size for i in axes if shard_dim(layout.placements[i]) is not None)
     if not axes or (bound.edit is not None and bound.hook.run == "sharded"):
         collective, elements = "none", 0
-    elif bound.edit is not None and bound.hook.run == "every_rank" or bound.deliver == "all":
+    elif (bound.edit is not None and bound.hook.run == "every_rank") or bound.deliver == "all":
         collective, elements = "all-gather", whole // shards * (shards - 1) * shards
     elif bound.deliver == "local":
         collective, elements = "none", 0

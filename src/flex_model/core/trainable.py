@@ -74,7 +74,9 @@ class TrainableModules(nn.ModuleDict):
     @contextmanager
     def as_dtensors(self, mesh: DeviceMesh) -> Iterator[None]:
         """Parameters as replicated DTensors on ``mesh``, for an edit that runs on shards."""
-        tensors = [DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False) for t in self.trainable_tensors()]
+        tensors = [
+            DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False) for t in self.trainable_tensors()
+        ]
         self._sharded = True
         try:
             with self.replaced(tensors):

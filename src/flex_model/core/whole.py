@@ -20,7 +20,7 @@ __all__ = ["full_batch", "full_output"]
 
 
 def full_output(runtime: Runtime, output: Any) -> Any:
-    """Every tensor of a model's output, unsharded; layouts are found from the last inputs if no hook needed them yet."""
+    """Every tensor of a model's output, unsharded; layouts not needed so far are found from the last inputs."""
     if not runtime.mesh.axes:
         return output
     runtime.mesh.prepare()
@@ -66,7 +66,7 @@ def full_batch(runtime: Runtime, batch: Any) -> Any:
 def _whole(mesh: Any, layout: Layout, tensor: Tensor) -> Tensor:
     route = Route(mesh, layout, tensor)
     if route.own_part:
-        raise LayoutError(f"the batch has the shape {tuple(tensor.shape)} here and no matching one on other ranks; pad it.")
+        raise LayoutError(
+            f"the batch has the shape {tuple(tensor.shape)} here and no matching one on other ranks; pad it."
+        )
     return route.unshard(tensor)
-
-

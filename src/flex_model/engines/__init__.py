@@ -56,7 +56,9 @@ class Engines:
         """The model's mesh: the user's, or the axes of all engines on the root mesh they share."""
         if given is not None:
             names = given.mesh_dim_names or ()
-            axes = [Axis(a.name, _kind(a.name), a.ranks) for a in axes_of_mesh(given, "tensor", names[0] if names else "tp")]
+            axes = [
+                Axis(a.name, _kind(a.name), a.ranks) for a in axes_of_mesh(given, "tensor", names[0] if names else "tp")
+            ]
             return ModelMesh(*_on_grid(axes, [given]), timeout=timeout, mean=mean)
         axes = []
         for engine in self.found:

@@ -121,4 +121,3 @@ def strided_order(module: nn.Module, dim: int, ndim: int) -> int | None:
                 if isinstance(placement, _StridedShard) and placement.dim in (parameter.dim() - 2, -2):
                     return split_factor(placement)
     return None
-

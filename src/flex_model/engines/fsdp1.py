@@ -82,7 +82,8 @@ class FSDP1Engine(Engine):
         grad = None if place is None else place[0].flat_param.grad
         if place is None or grad is None or not self._is_live(place[0]):
             return None
-        return grad.detach().clone()
+        before: Tensor = grad.detach().clone()
+        return before
 
     def full_gradient(self, owner: nn.Module, attribute: str, before: Tensor | None) -> Tensor | None:
         place = self._place(owner, attribute)

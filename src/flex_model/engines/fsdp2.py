@@ -85,7 +85,10 @@ class FSDP2Engine(Engine):
             groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
             for record in (p for g in groups for p in g.fsdp_params):
                 info = record._module_info
-                places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+                places = [
+                    (info.module, info.param_name),
+                    *zip(info.shared_modules, info.shared_param_names, strict=True),
+                ]
                 if any(m is owner and n == attribute for m, n in places):
                     return record
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -18,7 +17,7 @@ __all__ = ["Layout", "merge_parts", "my_part", "parse_layout", "shard_dim", "spl
 
 def shard_dim(placement: Placement) -> int | None:
     """The dim a placement shards, None for Replicate and Partial."""
-    return placement.dim if isinstance(placement, (Shard, _StridedShard)) else None
+    return placement.dim if isinstance(placement, (Shard, _StridedShard)) else None  # type: ignore[return-value]
 
 
 def split_factor(placement: Placement) -> int:

@@ -24,9 +24,7 @@ class Key(NamedTuple):
 
 
 @contextmanager
-def recorded(
-    watched: dict[str, nn.Module], keep: Callable[[Key, list[Tensor]], Any]
-) -> Iterator[dict[Key, Any]]:
+def recorded(watched: dict[str, nn.Module], keep: Callable[[Key, list[Tensor]], Any]) -> Iterator[dict[Key, Any]]:
     """{key: keep(key, tensors in flattening order)} of the inputs and outputs of ``watched``."""
     seen: dict[Key, Any] = {}
     counts: Counter[tuple[str, str]] = Counter()
@@ -39,9 +37,7 @@ def recorded(
     handles = []
     for name, module in watched.items():
         handles.append(
-            module.register_forward_pre_hook(
-                lambda m, a, k, name=name: note(name, "in", (a, k)), with_kwargs=True
-            )
+            module.register_forward_pre_hook(lambda m, a, k, name=name: note(name, "in", (a, k)), with_kwargs=True)
         )
         handles.append(module.register_forward_hook(lambda m, a, o, name=name: note(name, "out", o)))
     try:

@@ -163,9 +163,7 @@ def top_heads(scores: Tensor, count: int) -> list[tuple[Head, float]]:
 
 
 @contextmanager
-def remove_heads(
-    fm: FlexModel, heads: Iterable[tuple[int, int]], *, run: RunMode = "every_rank"
-) -> Iterator[None]:
+def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]], *, run: RunMode = "every_rank") -> Iterator[None]:
     """Zero the outputs of (layer, head) pairs while the block runs, where the output projection takes them.
 
     >>> with remove_heads(fm, [(18, 6), (17, 3)]):   # doctest: +SKIP

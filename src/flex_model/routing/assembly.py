@@ -92,14 +92,10 @@ def _size_below(
         return shapes[where[prefix]][dim]
     if shard_dim(layout.placements[axis]) != dim:
         return _size_below(layout, mesh, shapes, (*prefix, 0), dim)
-    return sum(
-        _size_below(layout, mesh, shapes, (*prefix, i), dim) for i in range(mesh.axes[axis].size)
-    )
+    return sum(_size_below(layout, mesh, shapes, (*prefix, i), dim) for i in range(mesh.axes[axis].size))
 
 
-def part_of(
-    full: Tensor, layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequence[int]], rank: int
-) -> Tensor:
+def part_of(full: Tensor, layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequence[int]], rank: int) -> Tensor:
     """What group rank ``rank`` holds of ``full``."""
     coordinate = mesh.coordinates()[rank]
     for axis, placement in enumerate(layout.placements):

@@ -15,7 +15,14 @@ from torch import Tensor
 
 all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 
-__all__ = ["all_gather_flat", "all_gather_ints", "all_gather_objects", "all_gather_parts", "from_bytes", "to_bytes"]
+__all__ = [
+    "all_gather_flat",
+    "all_gather_ints",
+    "all_gather_objects",
+    "all_gather_parts",
+    "from_bytes",
+    "to_bytes",
+]
 
 
 def to_bytes(tensor: Tensor) -> Tensor:

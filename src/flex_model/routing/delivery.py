@@ -159,9 +159,7 @@ def _to_main(
     return received
 
 
-def _to_all(
-    payload: Tensor | None, sizes: Sequence[int], mesh: ModelMesh, bucket: Sequence[Item]
-) -> dict[int, Tensor]:
+def _to_all(payload: Tensor | None, sizes: Sequence[int], mesh: ModelMesh, bucket: Sequence[Item]) -> dict[int, Tensor]:
     width = max(sizes)
     device = bucket[0].local.device
     mine = torch.zeros(width, dtype=torch.uint8, device=device)

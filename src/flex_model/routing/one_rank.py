@@ -54,7 +54,9 @@ class OneRankRoute:
                     dist.recv(parts[rank], group=group, group_src=rank)
         full = assemble(parts, self.layout, self.mesh)
         if isinstance(full, Parts):
-            raise ValueError(f"the ranks' shapes {self.shapes} make no rectangle, so one rank cannot edit them together")
+            raise ValueError(
+                f"the ranks' shapes {self.shapes} make no rectangle, so one rank cannot edit them together"
+            )
         return full
 
     def spread(self, full: Tensor, dtype: torch.dtype) -> Tensor:

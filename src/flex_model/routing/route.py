@@ -133,9 +133,7 @@ class Route:
         self.full_shape = shape
         self.scale = gradient_scale(mesh, layout, [s.axis for s in self._steps])
 
-    def _step(
-        self, axis: int, shape: tuple[int, ...], local: Tensor, even_axes: frozenset[int]
-    ) -> _Step | None:
+    def _step(self, axis: int, shape: tuple[int, ...], local: Tensor, even_axes: frozenset[int]) -> _Step | None:
         placement, group = self.layout.placements[axis], self.mesh.group(axis)
         size, dim = self.mesh.axes[axis].size, shard_dim(placement)
         ragged = bool(self.layout.ragged) and self.layout.ragged[axis] and axis not in even_axes

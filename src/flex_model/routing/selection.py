@@ -72,8 +72,10 @@ class Selection:
         if not sharded:
             return layout
         # one more than can be there, so that taking "the first n" is not mistaken for taking all
-        shape = tuple(s * sizes[sharded[d]] + (1 if layout.ragged[sharded[d]] else 0) if d in sharded else s
-                      for d, s in enumerate(local_shape))
+        shape = tuple(
+            s * sizes[sharded[d]] + (1 if layout.ragged[sharded[d]] else 0) if d in sharded else s
+            for d, s in enumerate(local_shape)
+        )
         kept = self.kept_dims(shape)
         if any(d not in kept for d in sharded):
             return None

@@ -1,0 +1,145 @@
+"""``Backward``: from the first gradient of the outermost backward until its end, when gradients are delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from flex_model.core import fast
+from flex_model.core.bound import Bound
+from flex_model.core.call import ActiveCall, Staged, in_backward
+from flex_model.core.gradients import meet_gradient, parameter_layout
+from flex_model.core.inference import Form, Spot
+from flex_model.errors import LayoutError
+from flex_model.layout.claim import Claim
+from flex_model.layout.mesh import AxisKind
+from flex_model.trees import tensors
+
+if TYPE_CHECKING:
+    from flex_model.core.runtime import Runtime
+
+__all__ = ["Backward"]
+
+
+class Backward:
+    """The backward that runs, if one does: ``call`` is the forward it belongs to."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.call: ActiveCall | None = None
+        self.edited = False
+        self.staged: list[Staged] = []
+        self.claims: dict[Form, Claim] = {}
+        self._before: dict[int, Tensor | None] = {}
+        self._task = -1
+
+    def arm_outputs(self, call: ActiveCall, output: Any) -> None:
+        interested = any(
+            b.is_gradient or b.gradient_sink is not None or b.edit is not None for b in self.runtime.bounds if b.enabled
+        )
+        if not interested and not len(self.runtime.modules):
+            return
+        self.runtime.remembered[call.index] = call
+        for tensor in tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._on_output_gradient, call))
+
+    def _on_output_gradient(self, call: ActiveCall, grad: Tensor) -> None:
+        if self.call is not None and self._task != in_backward():  # of a backward that failed
+            self.forget()
+        self.arm(call)
+
+    def forget(self) -> None:
+        self.call, self.edited = None, False
+        self.staged, self.claims = [], {}
+        self._before.clear()
+
+    def arm(self, call: ActiveCall) -> None:
+        """The backward of ``call`` has begun; be called when the outermost backward is done, after the engines are."""
+        first = self.call is None
+        self.call = call
+        if not first:
+            return
+        self._task = in_backward()
+        for bound in self._finished_parameters():
+            owner, attribute = self.runtime.names.parameters[bound.name]
+            engine, _ = self.runtime.engines.gradient_site(owner, attribute)
+            assert engine is not None
+            self._before[id(bound)] = engine.gradient_before(owner, attribute)
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(self._finish))
+
+    def _finished_parameters(self) -> list[Bound]:
+        out = []
+        for bound in self.runtime.bounds:
+            if bound.enabled and bound.hook_type == "tensor":
+                owner, attribute = self.runtime.names.parameters[bound.name]
+                if self.runtime.engines.gradient_site(owner, attribute)[1].when == "finished":
+                    out.append(bound)
+        return out
+
+    def on_parameter(self, bound: Bound, stated: Mapping[AxisKind, Placement], grad: Tensor) -> Tensor | None:
+        if self.runtime.quiet:
+            return None
+        call = self.runtime.call_now()
+        self.arm(call)
+        layout = parameter_layout(self.runtime, grad, stated)
+        form = Form(Spot(bound.name, "param", 0), grad.dim(), True)
+        return meet_gradient(self.runtime, [(bound, False)], 0, form, layout, call, grad)
+
+    def _finish_parameter(self, bound: Bound) -> None:
+        owner, attribute = self.runtime.names.parameters[bound.name]
+        engine, _ = self.runtime.engines.gradient_site(owner, attribute)
+        assert engine is not None
+        full = engine.full_gradient(owner, attribute, self._before.get(id(bound)))
+        if full is None:
+            return
+        bound.fired += 1
+        key = bound.key_of(0, False)
+        if bound.sink is not None and (bound.deliver != "main" or self.runtime.mesh.is_main):
+            bound.sink.put(
+                key, full.clone() if self.runtime.device is None else full.to(self.runtime.device, copy=True)
+            )
+        if bound.edit is not None:
+            self.edited = True
+            with self.runtime.modules.inside_edit():
+                out = bound.edit(bound.module, full, self.runtime.save_ctx, self.runtime.modules, bound.site(0), None)
+            if out is not None:
+                engine.add_to_gradient(owner, attribute, out - full)
+
+    def _finish(self) -> None:
+        call, self.call = self.call, None
+        edited, self.edited = self.edited, False
+        for bound in self._finished_parameters():
+            self._finish_parameter(bound)
+        self._before.clear()
+        if call is not None:
+            call.snapshots.clear()
+        staged, self.staged = self.staged, []
+        if not self.runtime.mesh.axes:
+            fast.put_all(staged)
+            return
+        claims, self.claims = self.claims, {}
+        if claims:
+            self.runtime.inference.settle(claims)
+        refused, self.runtime.outbox.refused = self.runtime.outbox.refused, []
+        items = []
+        for one in staged:
+            known = self.runtime.inference.known.get(one.form) if one.form is not None else None
+            if isinstance(known, LayoutError):
+                refused.append((one.bound, one.key, known))
+            elif (item := self.runtime.outbox.item(one, refused)) is not None:
+                items.append(item)
+        if edited or any(i.layout.moving_axes for i in items):
+            self.runtime.outbox.status(items)
+        self.runtime.outbox.deliver(items)
+        self.runtime.modules.mean_gradients(self.runtime.mesh)
+        self.runtime.outbox.raise_refused(refused)
+
+    def stage(self, staged: Staged) -> None:
+        self.staged.append(staged)

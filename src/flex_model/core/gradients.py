@@ -1,0 +1,189 @@
+"""Meeting gradients: of values, on aliases of them, and of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.placement_types import Placement
+
+from flex_model.core.bound import Bound
+from flex_model.core.call import ActiveCall, Staged
+from flex_model.core.editing import run_edit
+from flex_model.core.hook_function import Call
+from flex_model.core.inference import Form, Spot
+from flex_model.core.local import like, plain
+from flex_model.errors import LayoutError
+from flex_model.layout.claim import Claim
+from flex_model.layout.layout import Layout, shard_dim
+from flex_model.layout.mesh import AxisKind
+from flex_model.layout.values import digest
+from flex_model.routing.delivery import to_host
+from flex_model.routing.route import gradient_scale
+
+if TYPE_CHECKING:
+    from flex_model.core.runtime import Runtime
+
+__all__ = ["claim_layout", "meet_gradient", "parameter_layout", "watch_gradient"]
+
+
+def claim_layout(
+    runtime: Runtime, bound: Bound, form: Form, value: Tensor, call: ActiveCall, occurrence: int, *, now: bool
+) -> Layout | LayoutError | None:
+    """The layout of a value; None where it will be settled at the end of the forward."""
+    inference = runtime.inference
+    layout = inference.lookup(form)
+    if layout is None:
+        made: Claim = inference.claim(form, value, bound.module, occurrence, bound.hook.expected_shape)
+        if now:
+            inference.settle({form: made})
+            layout = inference.known[form]
+        else:
+            call.claims.setdefault(form, made)
+    return layout  # type: ignore[no-any-return]
+
+
+class _Alias(torch.autograd.Function):
+    """The same memory as another tensor of the graph, and no view: FSDP2 and in-place operations cannot take views."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+# -- gradients -------------------------------------------------------------------------------------------------
+def watch_gradient(
+    runtime: Runtime,
+    watchers: list[tuple[Bound, bool]],
+    index: int,
+    value: Tensor,
+    call: ActiveCall,
+    occurrence: int,
+    side: str,
+) -> Tensor | None:
+    """An alias of ``value`` whose gradient is met: that of this module alone, whoever else uses the value."""
+    if not value.is_floating_point():
+        return None
+    if not value.requires_grad:
+        if not any(b.gradient_sink is not None for b, _ in watchers):
+            return None
+        value = value.detach().requires_grad_().clone()
+    bound = watchers[0][0]
+    form = runtime.inference.form(Spot(bound.name, side, index, False, bound.override), value)
+    claim_layout(runtime, bound, form, value, call, occurrence, now=False)
+    alias: Tensor = _Alias.apply(value)
+    alias.register_hook(partial(on_gradient, runtime, watchers, index, form, call))
+    return alias
+
+
+def on_gradient(
+    runtime: Runtime, watchers: list[tuple[Bound, bool]], index: int, form: Form, call: ActiveCall, grad: Tensor
+) -> Tensor | None:
+    """The gradient of a value arrives."""
+    runtime.backward.arm(call)
+    forward = runtime.inference.lookup(form) or runtime.inference.known.get(form)
+    if forward is None or isinstance(forward, LayoutError):
+        for bound, several in watchers:
+            runtime.outbox.refuse(
+                bound, bound.key_of(index, several), forward or LayoutError(f"{bound.where}: no layout")
+            )
+        return None
+    layout = runtime.inference.gradient_layout(forward, grad)
+    return meet_gradient(runtime, watchers, index, form, layout, call, grad)
+
+
+def meet_gradient(
+    runtime: Runtime,
+    watchers: list[tuple[Bound, bool]],
+    index: int,
+    form: Form,
+    layout: Layout,
+    call: ActiveCall,
+    grad: Tensor,
+) -> Tensor | None:
+    """Capture and edit a local gradient; the gradient to go on with, or None for the one that came."""
+    scale = gradient_scale(runtime.mesh, layout, range(len(runtime.mesh.axes)))
+    new: Tensor | None = None
+    verified = _verify_gradient(
+        runtime, form, layout, grad, now=any(b.edit is not None and b.is_gradient for b, _ in watchers)
+    )
+    for bound, several in watchers:
+        now = grad if new is None else new
+        key = bound.key_of(index, several)
+        if isinstance(verified, LayoutError):
+            runtime.outbox.refuse(bound, key, verified)
+            continue
+        sink = bound.sink if bound.is_gradient else bound.gradient_sink
+        bound.fired += bound.is_gradient
+        if sink is not None:
+            local = to_host(plain(now.detach()), runtime.keep_on(layout))
+            runtime.backward.stage(Staged(bound, key, local, _gradient_form(form), layout, True, selected=True))
+        if bound.edit is not None and bound.is_gradient:
+            out = _edit_gradient(runtime, bound, index, layout, call, now, scale)
+            new = new if out is None else out
+    return new
+
+
+def _edit_gradient(
+    runtime: Runtime, bound: Bound, index: int, layout: Layout, call: ActiveCall, grad: Tensor, scale: float
+) -> Tensor | None:
+    local = plain(grad)
+    runtime.backward.edited = True
+    runtime.context.even_axes = frozenset()
+    out, _ = run_edit(bound, runtime.context, local / scale if scale != 1 else local, layout, index, Call(call.index))
+    if out is None:
+        return None
+    return like(out * scale if scale != 1 else out, grad)
+
+
+def _gradient_form(form: Form) -> Form:
+    return form._replace(spot=form.spot._replace(gradient=True))
+
+
+def _verify_gradient(
+    runtime: Runtime, form: Form, layout: Layout, grad: Tensor, *, now: bool
+) -> Layout | LayoutError | None:
+    """Whether what should be equal on several ranks is: asked once a site, at once if an edit needs it."""
+    mesh, inference = runtime.mesh, runtime.inference
+    if not mesh.axes or not any(isinstance(p, Replicate) for p in layout.placements):
+        return layout
+    key = _gradient_form(form)
+    known = inference.lookup(key)
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    local = plain(grad.detach())
+    where = f"gradient of {form.spot.name or '(the model)'} {form.spot.side}put {form.spot.index}"
+    made = Claim(
+        where,
+        tuple(local.shape),
+        digest(local),
+        layout.placements,
+        ("the value's layout",) * len(mesh.axes),
+        tuple(None for _ in local.shape),
+    )
+    if now:
+        inference.settle({key: made})
+        return inference.known[key]  # type: ignore[no-any-return]
+    runtime.backward.claims.setdefault(key, made)
+    return None
+
+
+def parameter_layout(runtime: Runtime, grad: Tensor, stated: Mapping[AxisKind, Placement]) -> Layout:
+    """The layout of a parameter's local gradient: the engine's word by kind of axis, the DTensor's, else replicated."""
+    mesh = runtime.mesh
+    placements: list[Any] = [stated.get(a.kind, Replicate()) for a in mesh.axes]
+    own = runtime.inference.stated(grad) if isinstance(grad, DTensor) else {}
+    for axis, (placement, _) in own.items():
+        placements[axis] = placement
+    if not mesh.mean:
+        placements = [Partial("sum") if isinstance(p, Partial) else p for p in placements]
+    ragged = tuple(shard_dim(p) is not None for p in placements)
+    return Layout(tuple(placements), "the parameter", tuple(grad.shape), ragged)
