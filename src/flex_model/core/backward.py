@@ -135,7 +135,7 @@ class Backward:
                 refused.append((one.bound, one.key, known))
             elif (item := self.runtime.outbox.item(one, refused)) is not None:
                 items.append(item)
-        if edited or any(i.layout.moving_axes for i in items):
+        if edited or any(i.layout.moving_axes and i.mode != "local" for i in items):
             self.runtime.outbox.status(items)
         self.runtime.outbox.deliver(items)
         self.runtime.modules.mean_gradients(self.runtime.mesh)

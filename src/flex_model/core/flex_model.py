@@ -134,20 +134,39 @@ class FlexModel(nn.Module):
             return getattr(module if hasattr(module, name) else self._runtime.root, name)
 
     # -- registering -------------------------------------------------------------------------------------------
-    def register_forward_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
-        """Hook a module's output. Returns a handle whose ``remove()`` takes the hook off."""
+    def register_forward_hook(  # type: ignore[override]
+        self, hook_function: HookFunction | Callable[..., Any], **keywords: Any
+    ) -> RemovableHandle:
+        """Hook a module's output. Returns a handle whose ``remove()`` takes the hook off.
+
+        Plain functions, which other libraries put on any module, go to ``nn.Module``'s own method, here and below.
+        """
+        if not isinstance(hook_function, HookFunction):
+            return super().register_forward_hook(hook_function, **keywords)
         return self._register(hook_function, "forward")
 
-    def register_forward_pre_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
+    def register_forward_pre_hook(  # type: ignore[override]
+        self, hook_function: HookFunction | Callable[..., Any], **keywords: Any
+    ) -> RemovableHandle:
         """Hook a module's input."""
+        if not isinstance(hook_function, HookFunction):
+            return super().register_forward_pre_hook(hook_function, **keywords)
         return self._register(hook_function, "forward_pre")
 
-    def register_full_backward_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
+    def register_full_backward_hook(  # type: ignore[override]
+        self, hook_function: HookFunction | Callable[..., Any], **keywords: Any
+    ) -> RemovableHandle:
         """Hook the gradient of a module's input."""
+        if not isinstance(hook_function, HookFunction):
+            return super().register_full_backward_hook(hook_function, **keywords)
         return self._register(hook_function, "full_backward")
 
-    def register_full_backward_pre_hook(self, hook_function: HookFunction) -> RemovableHandle:  # type: ignore[override]
+    def register_full_backward_pre_hook(  # type: ignore[override]
+        self, hook_function: HookFunction | Callable[..., Any], **keywords: Any
+    ) -> RemovableHandle:
         """Hook the gradient of a module's output."""
+        if not isinstance(hook_function, HookFunction):
+            return super().register_full_backward_pre_hook(hook_function, **keywords)
         return self._register(hook_function, "full_backward_pre")
 
     def register_hook(self, hook_function: HookFunction) -> RemovableHandle:

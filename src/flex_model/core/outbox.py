@@ -53,8 +53,7 @@ class Outbox:
         staged, self.waiting = self.waiting, []
         refused, self.refused = self.refused, []
         items = [i for s in staged if (i := self.item(s, refused)) is not None]
-        moves = any(i.layout.moving_axes for i in items)
-        if edited or moves:
+        if edited or any(i.layout.moving_axes and i.mode != "local" for i in items):
             self.status(items)
         self.deliver(items)
         self.raise_refused(refused)

@@ -83,8 +83,8 @@ def check_sizes(
         if given is not None and given != found[kind]:
             engines = ", ".join(runtime.engines.names) or "none"
             raise MeshError(
-                f"{name}={given} was given, but the model has {found[kind]} (engines found: {engines}; {runtime.mesh}); "
-                f"leave it out or correct it."
+                f"{name}={given} was given, but the model has {found[kind]} "
+                f"(engines found: {engines}; {runtime.mesh}); leave it out or correct it."
             )
     if pipeline is not None and pipeline != 1:
         raise MeshError(

@@ -1,0 +1,103 @@
+"""Every named module of many Hugging Face families under every engine: values and gradients equal the oracle's."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import models
+import parity
+import pytest
+import torch
+import torch.distributed as dist
+from engines import Placed
+from oracle import Count
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from worlds import run_world
+
+from flex_model import FlexModel
+
+SIZES = {
+    "tp": {"tp_size": 2},
+    "tp_fsdp": {"tp_size": 2, "fsdp_size": 2},
+    "hsdp": {"fsdp_size": 2, "dp_replicate_size": 2},
+}
+RANKS = {"none": 1, "ddp": 2, "fsdp2": 2, "tp": 2, "tp_fsdp": 4, "hsdp": 4}
+
+# Engines that cannot run a family themselves, and why.
+CANNOT = {("tp", f): "transformers has no tp_plan for it" for f in ("gpt2", "opt", "bert", "t5")}
+
+CASES = [
+    *((e, f) for e in ("none", "ddp", "fsdp2", "tp") for f in models.FAMILIES if (e, f) not in CANNOT),
+    ("tp_fsdp", "llama"),
+    ("tp_fsdp", "qwen3_moe"),
+    ("hsdp", "llama"),
+]
+
+# The rows of these are tokens ordered by expert: across data ranks they have no order of the whole batch.
+BY_EXPERT = re.compile(r"model\.layers\.\d\.mlp\.experts\.act_fn\.")
+
+
+def stacks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model: the members of its outermost lists."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    return [b for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists) for b in m]
+
+
+def place(engine: str, plain: nn.Module, path: Path) -> Placed:
+    """The plain model under an engine; transformers' own engines load it from ``path``."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if engine != "none" else (1, 0)
+    if engine in SIZES:
+        from transformers.distributed import DistributedConfig
+
+        config = DistributedConfig(**SIZES[engine])
+        model = type(plain).from_pretrained(path, distributed_config=config, attn_implementation="eager")
+        tp = SIZES[engine].get("tp_size", 1)
+        return Placed(model, world // tp, rank // tp)
+    model = copy.deepcopy(plain)
+    if engine == "ddp":
+        return Placed(nn.parallel.DistributedDataParallel(model), world, rank)
+    if engine == "fsdp2":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+        for block in stacks(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return Placed(model, world, rank)
+
+
+def saved(plain: nn.Module, folder: Path, engine: str) -> Path:
+    if engine in SIZES:
+        plain.save_pretrained(folder)
+    return folder
+
+
+def compare(engine: str, family: str, path: Path, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> Count:
+    plain = models.make(family).to(dtype)
+    placed = place(engine, plain, path)
+    full = models.inputs(family)
+    mine = {k: placed.mine(v) for k, v in full.items()}
+    return parity.compare(
+        placed.model,
+        plain,
+        lambda m: parity.square(m(**mine)),
+        lambda m: parity.square(m(**full)),
+        tolerance=tolerance,
+    )
+
+
+def run(engine: str, function: Callable[..., object], *args: object) -> list[object]:
+    return [function(engine, *args)] if engine == "none" else run_world(RANKS[engine], function, engine, *args)
+
+
+@pytest.mark.parametrize(("engine", "family"), CASES)
+def test_parity(engine: str, family: str, tmp_path: Path) -> None:
+    path = saved(models.make(family), tmp_path, engine)
+    counts = run(engine, compare, family, path)
+    print(f"{family}/{engine}: {counts[0]}")
+    for count in counts:
+        assert not count.wrong
+        assert count.tried - count.exact == len(count.refused)
