@@ -54,6 +54,7 @@ class ActiveCall:
     claims: dict[Form, Claim] = field(default_factory=dict)
     snapshots: dict[tuple[int, int], list[Snapshot]] = field(default_factory=dict)
     edited: bool = False
+    crossed: bool = False  # an edit has talked to ranks that need not run in lockstep, so that they do
     even_axes: frozenset[int] | None = None
 
     def describe(self) -> Call:

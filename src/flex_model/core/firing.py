@@ -150,7 +150,7 @@ def _edit(
         _stage(runtime, bound, plain(value.detach()), None, layout, call, key)
     if bound.attached:
         return _attach(runtime, bound, value, layout, key, capturing, call)
-    _check_lockstep(runtime, bound, layout)
+    _check_lockstep(runtime, bound, layout, call)
     call.edited = True
     runtime.context.even_axes = _even_axes(runtime, layout, call)
     description = call.describe() if bound.wants_call else Call(call.index)
@@ -189,15 +189,16 @@ def _attach(
     return like(back, value)
 
 
-def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout) -> None:
-    if not runtime.mesh.axes or runtime.lockstep or bound.hook.run == "sharded":
+def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: ActiveCall) -> None:
+    if not runtime.mesh.axes or runtime.engines.lockstep or bound.hook.run == "sharded":
         return
     needs = [
         runtime.mesh.names[i]
         for i in layout.sharded_axes
         if runtime.mesh.axes[i].kind == "data" and (bound.axes is None or i in bound.axes)
     ]
-    if needs:
+    call.crossed = call.crossed or bool(needs)
+    if needs and not runtime.direct:
         raise EditError(
             f"{bound.where}: the edit needs the whole batch over {needs}, but ranks do not run in lockstep here "
             f"(generate or evaluation under {runtime.engines.names}); pass axes= without {needs}, or run='sharded'."

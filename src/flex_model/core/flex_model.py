@@ -83,6 +83,7 @@ class FlexModel(nn.Module):
         self.trainable_modules = runtime.modules
         self.output_ptr: dict[Any, Any] = {} if output_ptr is None else output_ptr
         self._runtime = runtime
+        runtime.wrapped_by(self)
         self._deliver: Deliver = deliver
         self._sink = OutputSink(self.output_ptr)
         self._chosen: tuple[str | Sequence[str], bool] = (ALL, False)

@@ -113,6 +113,9 @@ class Inference:
         if not self.mesh.axes:
             return self._trivial
         found = self.known.get(form)
+        if found is None and torch._C._current_graph_task_id() != -1:
+            # a recomputation of what ran without gradients: reentrant checkpointing
+            found = self.known.get(form._replace(grad_mode=not form.grad_mode))
         return None if isinstance(found, Layout) and not found.proven else found
 
     def lookup_trivial(self) -> Layout | None:

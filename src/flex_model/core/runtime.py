@@ -7,6 +7,7 @@ do not run in lockstep; gradients at the end of the outermost backward.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -54,6 +55,7 @@ class Runtime:
     ) -> None:
         self.module, self.given_mesh, self.device = module, mesh, device
         self.mean, self.timeout = mean, timeout
+        self.wrapper: weakref.ref[nn.Module] = weakref.ref(module)  # the FlexModel, once there is one
         self.bounds: list[Bound] = []
         self.groups = Groups()
         self.save_ctx = SaveContext()
@@ -72,15 +74,25 @@ class Runtime:
         self._entry_handles: list[Any] = []
         self._parameter_handles: list[Any] = []
         self._entries_stale = False
+        self._told = False
         self._mark: object = None
         self.refresh()
+
+    def wrapped_by(self, wrapper: nn.Module) -> None:
+        """The FlexModel: an engine may be applied to it as well as to the model in it."""
+        self.wrapper = weakref.ref(wrapper)
+        self._mark = self._engine_mark()
+
+    @property
+    def outermost(self) -> nn.Module:
+        return self.wrapper() or self.module
 
     # -- the model and its engines -----------------------------------------------------------------------------
     def refresh(self) -> None:
         """Look at the model anew: names, engines, mesh. Layouts found before are forgotten."""
         self.names = Names(self.module)
         self.root = self.names.root
-        self.engines = Engines(self.module, self.root)
+        self.engines = Engines([self.outermost, self.module, self.root])
         self.names.add_hidden(self.engines.hidden_parameters())
         self.mesh: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
         self.inference = Inference(self.engines, self.mesh, self.root)
@@ -98,11 +110,7 @@ class Runtime:
             return None
         first = next(self.root.parameters(), None)
         active = None if "DDP" in self.engines.names else DistributedDataParallel._get_active_ddp_module()
-        return active, type(self.root), getattr(first, "_spec", None) is not None
-
-    @property
-    def lockstep(self) -> bool:
-        return self.direct or self.engines.lockstep
+        return active, type(self.outermost), type(self.root), getattr(first, "_spec", None) is not None
 
     # -- installing --------------------------------------------------------------------------------------------
     def uninstall(self) -> None:
@@ -242,8 +250,11 @@ class Runtime:
             self.outbox.waiting += call.staged
             for form, claim in call.claims.items():
                 self.outbox.claims.setdefault(form, claim)
-            if self.lockstep:
+            if self.engines.lockstep or call.crossed:
                 self.outbox.point(edited=call.edited or any(b.selection is not None for b in self.bounds if b.enabled))
+            elif self.outbox.waiting and not self._told:
+                self._told = True
+                logger.info("ranks need not run in lockstep here: captures wait for fm.flush() or the end of capture")
         if torch.is_grad_enabled():
             self.backward.arm_outputs(call, output)
         call.staged, call.claims = [], {}

@@ -32,13 +32,13 @@ def _kind(axis_name: str) -> AxisKind:
 class Engines:
     """The engines found on a model, in one: the first that has an answer gives it."""
 
-    def __init__(self, wrapped: nn.Module, root: nn.Module) -> None:
+    def __init__(self, nested: Sequence[nn.Module]) -> None:
+        """``nested`` is one model with all its wrappers, the outermost first."""
         self.found: list[Engine] = []
         if dist.is_available() and dist.is_initialized():
             for known in _KNOWN:
-                engine = known.find(wrapped) or (known.find(root) if root is not wrapped else None)
-                if engine is not None:
-                    self.found.append(engine)
+                engines = (known.find(module) for module in nested)
+                self.found += [e for e in engines if e is not None][:1]
 
     @property
     def names(self) -> list[str]:

@@ -170,17 +170,9 @@ def agree(everyone: Sequence[Claim | None], mesh: ModelMesh) -> Layout | LayoutE
     return Layout(first.placements, evidence, _global_shape(claims, mesh), ragged, proven)
 
 
-def _lines(axis: int, mesh: ModelMesh) -> list[list[int]]:
-    """Group ranks along ``axis``, one list for each place on the other axes."""
-    grouped: dict[tuple[int, ...], list[int]] = {}
-    for rank, c in enumerate(mesh.coordinates()):
-        grouped.setdefault(c[:axis] + c[axis + 1 :], []).append(rank)
-    return list(grouped.values())
-
-
 def _check_replicas(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> tuple[bool, str]:
     """Whether the claimed replicas are proven equal, and what is wrong if they are not."""
-    for line in _lines(axis, mesh):
+    for line in mesh.lines(axis):
         if not same([claims[r].digest for r in line]):
             shapes = [claims[r].shape for r in line]
             return False, f"it should be the same along {mesh.names[axis]!r} and is not (shapes {shapes})"
@@ -188,7 +180,7 @@ def _check_replicas(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> tupl
 
 
 def _check_sizes(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> str:
-    for line in _lines(axis, mesh):
+    for line in mesh.lines(axis):
         dim = shard_dim(claims[line[0]].placements[axis])
         assert dim is not None
         also = [i for i, p in enumerate(claims[0].placements) if shard_dim(p) == dim and i != axis]
@@ -205,7 +197,7 @@ def _is_ragged(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> bool:
         return False
     if mesh.axes[axis].kind == "data":
         return True
-    return any(len({claims[r].shape[dim] for r in line}) > 1 for line in _lines(axis, mesh))
+    return any(len({claims[r].shape[dim] for r in line}) > 1 for line in mesh.lines(axis))
 
 
 def _global_shape(claims: Sequence[Claim], mesh: ModelMesh) -> tuple[int, ...]:
@@ -213,7 +205,7 @@ def _global_shape(claims: Sequence[Claim], mesh: ModelMesh) -> tuple[int, ...]:
     for axis, placement in enumerate(claims[0].placements):
         dim = shard_dim(placement)
         if dim is not None:
-            sizes = [claims[r].shape[dim] for r in _lines(axis, mesh)[0]]
+            sizes = [claims[r].shape[dim] for r in mesh.lines(axis)[0]]
             shape[dim] = shape[dim] // sizes[0] * sum(sizes) if sizes[0] else sum(sizes)
     return tuple(shape)
 

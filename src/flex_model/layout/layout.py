@@ -22,7 +22,7 @@ def shard_dim(placement: Placement) -> int | None:
 
 def split_factor(placement: Placement) -> int:
     """How many blocks (fused projections) the full dim consists of, each sharded over all ranks; 1 if plain."""
-    return placement.split_factor if isinstance(placement, _StridedShard) else 1
+    return int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
 
 
 @dataclass(frozen=True, slots=True)

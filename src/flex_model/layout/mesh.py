@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 from math import prod
 from typing import Literal
 
@@ -52,6 +53,9 @@ class ModelMesh:
             raise MeshError(f"rank {self.rank} is not exactly once in the model's mesh {self.grid.tolist()}.")
         self.coordinate: tuple[int, ...] = tuple(where[0].tolist())
         self.names = tuple(a.name for a in self.axes)
+        self.ranks = [int(r) for r in self.grid.flatten().tolist()]
+        self._coordinates = list(product(*[range(a.size) for a in self.axes]))
+        self._lines: dict[int, list[list[int]]] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._device_mesh: dict[str, DeviceMesh] = {}
 
@@ -70,10 +74,6 @@ class ModelMesh:
         return prod(a.size for a in self.axes)
 
     @property
-    def ranks(self) -> list[int]:
-        return [int(r) for r in self.grid.flatten().tolist()]
-
-    @property
     def main(self) -> int:
         """The global rank that captures are delivered to by default: the lowest."""
         return min(self.ranks)
@@ -89,8 +89,16 @@ class ModelMesh:
 
     def coordinates(self) -> list[tuple[int, ...]]:
         """The coordinate of every rank, in the order of ``ranks`` (which is the order of group ranks)."""
-        cells = torch.cartesian_prod(*[torch.arange(a.size) for a in self.axes]) if self.axes else torch.zeros(1, 0)
-        return [tuple(int(i) for i in row) for row in cells.reshape(self.size, len(self.axes)).tolist()]
+        return self._coordinates
+
+    def lines(self, axis: int) -> list[list[int]]:
+        """Group ranks along an axis, one list for each place on the other axes."""
+        if axis not in self._lines:
+            grouped: dict[tuple[int, ...], list[int]] = {}
+            for rank, c in enumerate(self._coordinates):
+                grouped.setdefault(c[:axis] + c[axis + 1 :], []).append(rank)
+            self._lines[axis] = list(grouped.values())
+        return self._lines[axis]
 
     # -- groups ------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
