@@ -1,52 +1,56 @@
-"""Train a module inside a hook: a probe that predicts the label from one layer's activations, the model frozen.
+"""Train a module inside a hook: it corrects one layer of a frozen model, by the gradient that comes back through it.
 
-    python examples/train_probe.py
-    torchrun --nproc-per-node 2 examples/train_probe.py
+Run: python examples/train_probe.py
+Run: torchrun --nproc-per-node 2 examples/train_probe.py            (tensor parallel)
+Run: torchrun --nproc-per-node 2 examples/train_probe.py --fsdp2
 """
 
 import os
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import mse_loss
 
 from flex_model import FlexModel, HookFunction
 
 
+def correct(module: nn.Module, x: Tensor, save_ctx: Any, modules: nn.ModuleDict) -> Tensor:
+    return x + modules["probe"](x)  # x is whole: all rows and all units, on every rank
+
+
 def main() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
-    probe = nn.Linear(16, 1)
-    batch = torch.randn(64, 8)
-    labels = (batch[:, :1] * batch[:, 1:2] > 0).float()
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    probe, batch, target = nn.Linear(16, 16), torch.randn(16, 8), torch.randn(16, 8)
 
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), 0
+    world, rank, parts = int(os.environ.get("WORLD_SIZE", 1)), 0, 1
     if world > 1:
         dist.init_process_group("gloo")
-        rank = dist.get_rank()
-        fully_shard(model)
-    mine = batch.chunk(world)[rank]
+        rank, mesh = dist.get_rank(), dist.init_device_mesh("cpu", (world,))
+        if "--fsdp2" in sys.argv:
+            parts = world
+            fully_shard(model, mesh=mesh)
+        else:
+            parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    mine, wanted = (t.chunk(parts)[rank % parts] for t in (batch, target))
 
-    def read(module: nn.Module, x: Tensor, save_ctx: Any, modules: nn.ModuleDict) -> None:
-        # x is the whole batch, so the loss is that of the whole batch on every rank
-        save_ctx.loss = binary_cross_entropy_with_logits(modules["probe"](x.detach()), labels)
-
-    fm = FlexModel(model)
-    fm.requires_grad_(False)
+    fm = FlexModel(model).requires_grad_(False)
     fm.register_trainable_module("probe", probe)
-    fm.register_forward_hook(HookFunction("1", editing_function=read, capture=False))
-    optimizer = torch.optim.AdamW(fm.trainable_modules.parameters(), lr=0.05)
-    for step in range(6):
-        fm(mine)
-        loss = fm.save_ctx.loss
+    fm.register_forward_hook(HookFunction("1", editing_function=correct, capture=False))
+    optimizer = torch.optim.AdamW(fm.trainable_modules.parameters(), lr=0.01)
+    for step in range(5):
+        loss = mse_loss(fm(mine), wanted)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        whole = fm.full_batch(loss.detach()[None]).mean()
         if rank == 0:
-            print(f"step {step}: loss {loss.item():.5f}")
+            print(f"step {step}: loss {whole:.6f}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 from worlds import run_world
 
-from flex_model import FlexModel, HookFunction
+from flex_model import DummyModule, FlexModel, HookFunction
 from flex_model.errors import LayoutError
 from flex_model.routing.assembly import Parts
 
@@ -189,10 +189,11 @@ class Fused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate_up = nn.Linear(8, 24, bias=False)
+        self.after = DummyModule()
         self.down = nn.Linear(12, 8, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
+        gate, up = self.after(self.gate_up(x)).chunk(2, -1)
         return self.down(torch.sigmoid(gate) * up)
 
 
@@ -240,13 +241,20 @@ def _strided() -> list[Any]:
     main = relative_error(acts["gate_up"], seen["gate_up"]) < 1e-6
     with torch.no_grad(), fm.capture("gate_up", deliver="local") as acts:
         fm(x)
+    with torch.no_grad(), fm.capture("after") as later:
+        fm(x)
+    try:
+        later["after"]
+        refused = ""
+    except LayoutError as error:
+        refused = str(error)
     local = acts["gate_up"]
     assert isinstance(local, DTensor)
-    return [main, relative_error(got, want) < 1e-5, tuple(local.shape)]
+    return [main, relative_error(got, want) < 1e-5, tuple(local.shape), "fused projection" in refused]
 
 
 def test_strided_projection() -> None:
-    assert run_world(2, _strided) == [[True, True, (3, 5, 24)]] * 2
+    assert run_world(2, _strided) == [[True, True, (3, 5, 24), True]] * 2
 
 
 def _decode(tp: bool, path: str) -> list[Any]:

@@ -285,6 +285,7 @@ class FlexModel(nn.Module):
             runtime.outbox.flush()
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
+            runtime.outbox.discard(bounds)
             runtime.install()
 
     @contextmanager

@@ -145,7 +145,7 @@ class Inference:
             stated=stated,
             batch=self._batch_dim(key, spot.index),
             expected_shape=expected,
-            order=self.engines.order(module, spot.side, value.dim() - 1, value.dim()),
+            order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
             **self._twin_shapes(key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value

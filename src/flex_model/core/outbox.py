@@ -58,6 +58,10 @@ class Outbox:
         self.deliver(items)
         self.raise_refused(refused)
 
+    def discard(self, bounds: list[Bound]) -> None:
+        """Forget what these hooks have staged: their block has ended with an exception."""
+        self.waiting = [s for s in self.waiting if not any(s.bound is b for b in bounds)]
+
     def item(self, staged: Staged, refused: list[tuple[Bound, Any, LayoutError]]) -> Item | None:
         bound, layout = staged.bound, staged.layout
         if layout is None:

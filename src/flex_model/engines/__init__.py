@@ -75,9 +75,9 @@ class Engines:
                 stack.enter_context(engine.undisturbed())
             yield
 
-    def order(self, module: nn.Module, side: str, dim: int, ndim: int) -> int | str:
+    def order(self, module: nn.Module, side: str, dim: int, size: int) -> int | str:
         for engine in self.found:
-            answer = engine.order(module, side, dim, ndim)
+            answer = engine.order(module, side, dim, size)
             if answer is not None:
                 return answer
         return 1

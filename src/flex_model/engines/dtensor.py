@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh, strided_order
+from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh
+from flex_model.layout.layout import shard_dim, split_factor
 from flex_model.layout.mesh import Axis
 from flex_model.layout.values import sharding
 
@@ -37,8 +39,27 @@ class DTensorEngine(Engine):
     def axes(self) -> list[Axis]:
         return [axis for mesh in self.meshes for axis in axes_of_mesh(mesh, "tensor", "tp")]
 
-    def order(self, module: nn.Module, side: str, dim: int, ndim: int) -> int | str | None:
-        return strided_order(module, dim, ndim) if side == "out" else None
+    def order(self, module: nn.Module, side: str, dim: int, size: int) -> int | str | None:
+        if dim != -1:
+            return None
+        own = [f for p in module.parameters(recurse=False) if (f := _blocks(p)) is not None]
+        if own:
+            return own[0] if side == "out" else None
+        if size in self._fused.get(id(module), ()):
+            return f"dim {dim} has the size of a fused projection beside it, so its blocks may be interleaved"
+        return None
+
+    @cached_property
+    def _fused(self) -> dict[int, set[int]]:
+        """{id of a module: output sizes of the fused projections that its value may come from}."""
+        named = dict(self.module.named_modules())
+        near: dict[int, set[int]] = {}
+        for name, module in named.items():
+            sizes = {int(p.shape[-2]) for p in module.parameters(recurse=False) if (_blocks(p) or 1) > 1}
+            if sizes:
+                for other in named[name.rpartition(".")[0]].modules():
+                    near.setdefault(id(other), set()).update(sizes)
+        return near
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite:
         return GradientSite("local")
@@ -53,3 +74,14 @@ class DTensorEngine(Engine):
             local.detach(), spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
         )
         return whole.full_tensor()
+
+
+def _blocks(parameter: Tensor) -> int | None:
+    """How many blocks a weight's sharded output features consist of; None where they are not sharded."""
+    if not isinstance(parameter, DTensor) or parameter.dim() < 2:
+        return None
+    placement = parameter.placements[-1]  # those before it are FSDP2's, whose strides are another matter
+    dim = shard_dim(placement)
+    if dim is None or dim % parameter.dim() != parameter.dim() - 2:
+        return None
+    return split_factor(placement)

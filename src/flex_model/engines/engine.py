@@ -8,10 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.layout.layout import split_factor
 from flex_model.layout.mesh import Axis, AxisKind
 
 __all__ = ["Engine", "GradientSite", "axes_of_mesh"]
@@ -69,8 +67,9 @@ class Engine:
         """Whether all ranks of this engine's axes are known to run the same forwards now."""
         return True
 
-    def order(self, module: nn.Module, side: str, dim: int, ndim: int) -> int | str | None:
-        """Split factor of a dim that this engine's layer shards, why it is unknown, or None: not my layer."""
+    def order(self, module: nn.Module, side: str, dim: int, size: int) -> int | str | None:
+        """For a value sharded on ``dim`` (counted from the end) of full ``size``: the number of blocks it consists of,
+        why that is unknown, or None: not my layer."""
         return None
 
     def plain_class(self, module: nn.Module) -> type | None:
@@ -109,15 +108,3 @@ class Engine:
     def keep_alive(self) -> bool:
         """Whether a parameter that gets no gradient would stall this engine's backward."""
         return False
-
-
-def strided_order(module: nn.Module, dim: int, ndim: int) -> int | None:
-    """The split factor of a layer's own weight, where it shards the output features in blocks."""
-    if dim != ndim - 1:
-        return None
-    for parameter in module.parameters(recurse=False):
-        if isinstance(parameter, DTensor) and parameter.dim() >= 2:
-            for placement in parameter.placements:
-                if isinstance(placement, _StridedShard) and placement.dim in (parameter.dim() - 2, -2):
-                    return split_factor(placement)
-    return None

@@ -6,7 +6,7 @@ tensor axes the meta twin, for data axes the probe. One rank's refusal is everyb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -33,7 +33,8 @@ class Evidence:
     twin_failure: str = ""
     batch: BatchDim | None = None
     expected_shape: tuple[int | None, ...] | None = None
-    order: int | str = 1  # split factor of a fused dim, or why the order is unknown
+    # split factor of a sharded dim of this full size, or why its order is unknown
+    order: Callable[[int, int], int | str] = lambda dim, size: 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +114,13 @@ def _tensor_placements(
             raise _Refusal(f"dim {dim} is sharded and also grows with the batch, so its order is unknown")
     elif batch_dim == dim:
         raise _Refusal(f"dim {dim} is sharded over a tensor axis and also holds the batch, so its order is unknown")
-    if isinstance(evidence.order, str):
-        raise _Refusal(evidence.order)
+    order = evidence.order(dim, full[dim])
+    if isinstance(order, str):
+        raise _Refusal(order)
     holders = [i for i in axes if len(axes) == 1 or shape[dim] * mesh.axes[i].size == full[dim]]
     if len(holders) != 1:
         raise _Refusal(f"dim {dim} ({shape[dim]} of {full[dim]}) fits none or several of the tensor axes")
-    placement = Shard(dim) if evidence.order == 1 else _StridedShard(dim, split_factor=evidence.order)
+    placement = Shard(dim) if order == 1 else _StridedShard(dim, split_factor=order)
     out: dict[int, tuple[Placement, str]] = {i: (Replicate(), word) for i in axes}
     out[holders[0]] = (placement, word)
     return out
