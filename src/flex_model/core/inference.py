@@ -64,6 +64,13 @@ class Inference:
         self._trivial = Layout(tuple(Replicate() for _ in mesh.axes), "one process")
 
     # -- a call ------------------------------------------------------------------------------------------------
+    def new_call(self) -> None:
+        self._occurrence.clear()
+
+    def lacks(self, wanted: Mapping[tuple[Any, ...], nn.Module]) -> bool:
+        """Whether a wanted value (name, side, index) has never been looked for."""
+        return bool(self.mesh.axes) and not wanted.keys() <= self._probed
+
     def begin(
         self,
         module: nn.Module,
@@ -71,10 +78,7 @@ class Inference:
         kwargs: dict[str, Any],
         wanted: Mapping[tuple[Any, ...], nn.Module],
     ) -> None:
-        """A forward of ``module`` starts. If a wanted value (name, side, index) is new, keep the inputs and probe."""
-        self._occurrence.clear()
-        if not self.mesh.axes or wanted.keys() <= self._probed:
-            return
+        """A forward of ``module`` starts in which wanted values are new: keep its inputs, and probe the batch."""
         inside = {id(m) for m in module.modules()}
         fresh = {k: m for k, m in wanted.items() if k not in self._probed and id(m) in inside}
         if not fresh:

@@ -22,7 +22,7 @@ from flex_model.errors import DeliveryError, EditError, LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout
 from flex_model.routing.collectives import all_gather_ints, all_gather_objects
-from flex_model.routing.delivery import Item, deliver
+from flex_model.routing.delivery import Buffers, Item, deliver
 from flex_model.routing.route import gradient_scale
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Outbox:
         self.claims: dict[Form, Claim] = {}
         self.failures: list[dict[str, Any]] = []
         self.refused: list[Refused] = []
+        self._buffers = Buffers()
 
     def point(self, *, edited: bool = False) -> None:
         """All ranks are here: settle what was claimed, tell of failures, deliver what waits. Collective."""
@@ -106,7 +107,7 @@ class Outbox:
         if self.runtime.device_of_values.type == "cuda":
             torch.cuda.current_stream().synchronize()  # asynchronous copies are readable from here on
         with torch.inference_mode(False):
-            deliver(items, self.runtime.mesh)
+            deliver(items, self.runtime.mesh, self._buffers)
 
     def status(self, items: list[Item]) -> None:
         """One small exchange: does everybody hold the same values, and did nobody's edit fail?"""

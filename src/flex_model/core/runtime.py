@@ -75,6 +75,7 @@ class Runtime:
         self._parameter_handles: list[Any] = []
         self._entries_stale = False
         self._told = False
+        self._wanted: dict[tuple[str, str, str], nn.Module] = {}  # values whose layouts hooks need
         self._mark: object = None
         self.refresh()
 
@@ -129,6 +130,7 @@ class Runtime:
         for module in entries:
             self._entry_handles.append(module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True))
         by_place: dict[tuple[int, str], list[Bound]] = {}
+        self._wanted = {(b.name, b.side, repr(b.hook.unpack_idx)): b.module for b in enabled if b.side != "param"}
         self._install_parameters()
         for bound in enabled:
             if bound.side != "param":
@@ -188,14 +190,10 @@ class Runtime:
         self.active = ActiveCall(module, self.calls, args, kwargs, torch.is_grad_enabled())
         self.fast_call = None if self.mesh.axes or torch.is_inference_mode_enabled() else self.active
         self.calls += 1
-        if self.mesh.axes:
-            wanted = {
-                (b.name, b.side, repr(b.hook.unpack_idx)): b.module
-                for b in self.bounds
-                if b.enabled and b.side != "param"
-            }
+        self.inference.new_call()
+        if self.inference.lacks(self._wanted):
             with self.silent():
-                self.inference.begin(module, args, kwargs, wanted)
+                self.inference.begin(module, args, kwargs, self._wanted)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -267,6 +265,3 @@ class Runtime:
         """Where a staged value waits: on the user's device at once if nothing has to move between ranks."""
         moves = layout is None or bool(layout.moving_axes)
         return None if moves and self.mesh.axes else self.device
-
-
-# -- backward ----------------------------------------------------------------------------------------------

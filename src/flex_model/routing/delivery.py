@@ -22,7 +22,7 @@ from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts, assemble, owners
 from flex_model.routing.collectives import all_gather_flat, all_gather_ints, from_bytes, to_bytes
 
-__all__ = ["Deliver", "Item", "deliver", "to_host"]
+__all__ = ["Buffers", "Deliver", "Item", "deliver", "to_host"]
 
 Deliver = Literal["main", "all", "local"]
 _BUCKET = 16 * 2**20  # bytes; values up to this size travel together
@@ -49,6 +49,21 @@ class Item:
         self.put(full)
 
 
+class Buffers:
+    """Receive buffers that are used again; what is built from them is copied out before the next message."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, torch.device], Tensor] = {}
+
+    def take(self, key: int, size: int, device: torch.device) -> Tensor:
+        kept = self._kept.get((key, device))
+        if kept is None or kept.numel() < size:
+            kept = torch.empty(size, dtype=torch.uint8, device=device)
+            if size <= _BUCKET:
+                self._kept[key, device] = kept
+        return kept[:size]
+
+
 def to_host(tensor: Tensor, device: torch.device | None) -> Tensor:
     """A copy of ``tensor`` on ``device``; from a GPU to the CPU it is asynchronous, into pinned memory."""
     if tensor.is_inference():  # a copy made outside of inference mode is an ordinary tensor
@@ -62,7 +77,7 @@ def to_host(tensor: Tensor, device: torch.device | None) -> Tensor:
     return tensor.detach().to(device, copy=True)
 
 
-def deliver(items: Sequence[Item], mesh: ModelMesh) -> None:
+def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
     """Bring every item where it is wanted. Collective: all ranks of the mesh pass the same items in the same order.
 
     Raises ShapeError, on every rank and before anything is delivered, where a full shape is not the expected one.
@@ -83,7 +98,7 @@ def deliver(items: Sequence[Item], mesh: ModelMesh) -> None:
             item.complete(item.local)
     for mode in ("main", "all"):
         for bucket in _buckets([i for i in moving if i.mode == mode]):
-            _move(bucket, mesh, mode)
+            _move(bucket, mesh, mode, buffers)
 
 
 def _exchange_shapes(items: Sequence[Item], mesh: ModelMesh) -> None:
@@ -117,14 +132,17 @@ def _bytes_of(item: Item, rank: int) -> int:
     return prod(item.shapes[rank]) * item.local.dtype.itemsize
 
 
-def _move(bucket: Sequence[Item], mesh: ModelMesh, mode: str) -> None:
+def _move(bucket: Sequence[Item], mesh: ModelMesh, mode: str, buffers: Buffers) -> None:
     """Every owner's bytes of the bucket to main, or to all, and there into full tensors."""
     holders = [owners(mesh, item.layout) for item in bucket]
     sizes = [sum(_bytes_of(i, r) for i, own in zip(bucket, holders, strict=True) if r in own) for r in range(mesh.size)]
     me, main = mesh.ranks.index(mesh.rank), mesh.ranks.index(mesh.main)
     mine = [to_bytes(i.local) for i, own in zip(bucket, holders, strict=True) if me in own]
     payload = torch.cat(mine) if len(mine) > 1 else (mine[0] if mine else None)
-    received = _to_main(payload, sizes, me, main, mesh) if mode == "main" else _to_all(payload, sizes, mesh, bucket)
+    if mode == "main":
+        received = _to_main(payload, sizes, me, main, mesh, buffers)
+    else:
+        received = _to_all(payload, sizes, mesh, bucket[0].local.device, buffers)
     if received is None:
         return
     offsets = [0] * mesh.size
@@ -140,7 +158,7 @@ def _move(bucket: Sequence[Item], mesh: ModelMesh, mode: str) -> None:
 
 
 def _to_main(
-    payload: Tensor | None, sizes: Sequence[int], me: int, main: int, mesh: ModelMesh
+    payload: Tensor | None, sizes: Sequence[int], me: int, main: int, mesh: ModelMesh, buffers: Buffers
 ) -> dict[int, Tensor] | None:
     if me != main:
         if payload is not None and sizes[me]:
@@ -150,7 +168,7 @@ def _to_main(
     received, works = {me: payload}, []
     for rank, size in enumerate(sizes):
         if rank != me:
-            received[rank] = torch.empty(size, dtype=torch.uint8, device=payload.device)
+            received[rank] = buffers.take(rank, size, payload.device)
             if size:
                 works.append(dist.irecv(received[rank], group=mesh.world, group_src=rank))
     for work in works:
@@ -159,13 +177,14 @@ def _to_main(
     return received
 
 
-def _to_all(payload: Tensor | None, sizes: Sequence[int], mesh: ModelMesh, bucket: Sequence[Item]) -> dict[int, Tensor]:
+def _to_all(
+    payload: Tensor | None, sizes: Sequence[int], mesh: ModelMesh, device: torch.device, buffers: Buffers
+) -> dict[int, Tensor]:
     width = max(sizes)
-    device = bucket[0].local.device
     mine = torch.zeros(width, dtype=torch.uint8, device=device)
     if payload is not None:
         mine[: payload.numel()] = payload
-    out = torch.empty(width * mesh.size, dtype=torch.uint8, device=device)
+    out = buffers.take(-1, width * mesh.size, device)
     if width:
         all_gather_flat(out, mine, group=mesh.world)
     return {rank: out[rank * width : rank * width + size] for rank, size in enumerate(sizes)}
