@@ -113,7 +113,9 @@ def hooked(engine: str, folder: Path, trained: bool) -> FlexModel:
     fm = FlexModel(model, deliver="all")
     fm.register_trainable_module("probe", probe(trained))
     fm.register_forward_hook(HookFunction(LOOKED_AT))
-    fm.register_forward_hook(HookFunction(EDITED, editing_function=use, capture=False))
+    # Evaluation of the plain model under DDP is not in lockstep, so that there an edit sees its own rows only.
+    axes = () if engine == "ddp" and not trained else None
+    fm.register_forward_hook(HookFunction(EDITED, editing_function=use, capture=False, axes=axes))
     fm.register_forward_hook(HookFunction("model.norm", editing_function=lambda x: x * 0))
     fm.update_hook_groups("layers", "wanted")
     return fm

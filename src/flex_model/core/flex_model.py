@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from types import MethodType
 from typing import Any
 
 import torch
@@ -89,7 +88,8 @@ class FlexModel(nn.Module):
         self._chosen: tuple[str | Sequence[str], bool] = (ALL, False)
         self._finalizer = weakref.finalize(self, Runtime.uninstall, runtime)
         self.training = module.training
-        self.forward = MethodType(with_signature_of(module), self)  # type: ignore[method-assign]
+        # a class of its own, because trainers read the signature off the class, too
+        self.__class__ = with_signature_of(module, type(self))  # type: ignore[assignment]
         self._register_state_dict_hook(plain_keys)
         self.register_load_state_dict_pre_hook(wrapped_keys)
 
@@ -383,6 +383,11 @@ class FlexModel(nn.Module):
             yield from self._runtime.names.cleaned(inner, prefix)
             own = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
             yield from self.trainable_modules.named_buffers(own, True, remove_duplicate)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: the wrapped model's children are found under ``module``."""
+        inner = self.module
+        return {name: "module" for name in (*inner._modules, *inner._parameters, *inner._buffers)}
 
     # -- reports -----------------------------------------------------------------------------------------------
     def hooks(self) -> list[HookRow]:

@@ -13,13 +13,14 @@ from flex_model.core.in_place import may_write
 from flex_model.core.names import Pattern
 from flex_model.errors import RegistrationError
 from flex_model.layout.layout import parse_layout
+from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.delivery import Deliver
 from flex_model.routing.selection import Selection
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["bind", "capture_bounds"]
+__all__ = ["bind", "capture_bounds", "on_mesh"]
 
 
 def bind(
@@ -45,15 +46,7 @@ def bind(
     else:
         module = runtime.names.modules[name]
     edit = None if hook.editing_function is None else adapt_editing_function(hook.editing_function, where)
-    mesh = runtime.mesh
-    axes = None
-    if hook.axes is not None and mesh.axes:
-        axes = tuple(mesh.index(a) for a in hook.axes if a in mesh.names or _known_axis(mesh.index, a))
-    if hook.run == "one_rank" and axes is not None and len(axes) < len(mesh.axes):
-        raise RegistrationError(f"{where}: run='one_rank' covers all axes of the mesh; leave out axes={hook.axes}.")
-    override: tuple[Any, ...] = ()
-    if hook.layout is not None:
-        override = tuple(sorted(parse_layout(hook.layout, mesh, where).items(), key=lambda p: p[0]))
+    axes, override = on_mesh(hook, runtime.mesh, where)
     selection = None if hook.select is None else Selection(hook.select)
     return Bound(
         hook=hook,
@@ -73,6 +66,18 @@ def bind(
         axes=axes,
         temporary=temporary,
     )
+
+
+def on_mesh(hook: HookFunction, mesh: ModelMesh, where: str) -> tuple[tuple[int, ...] | None, tuple[Any, ...]]:
+    """``axes=`` and ``layout=`` of a hook by axis index; anew when an engine was applied since."""
+    axes = None
+    if hook.axes is not None and mesh.axes:
+        axes = tuple(mesh.index(a) for a in hook.axes if a in mesh.names or _known_axis(mesh.index, a))
+    if hook.run == "one_rank" and axes is not None and len(axes) < len(mesh.axes):
+        raise RegistrationError(f"{where}: run='one_rank' covers all axes of the mesh; leave out axes={hook.axes}.")
+    if hook.layout is None:
+        return axes, ()
+    return axes, tuple(sorted(parse_layout(hook.layout, mesh, where).items(), key=lambda pair: pair[0]))
 
 
 def _known_axis(index: Any, axis: str) -> bool:

@@ -30,6 +30,7 @@ from flex_model.core.groups import Groups
 from flex_model.core.inference import Inference
 from flex_model.core.names import Names
 from flex_model.core.outbox import Outbox
+from flex_model.core.register import on_mesh
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.trainable import TrainableModules
 from flex_model.engines import Engines
@@ -86,16 +87,19 @@ class Runtime:
 
     @property
     def outermost(self) -> nn.Module:
-        return self.wrapper() or self.module
+        wrapper = self.wrapper()
+        return self.module if wrapper is None else wrapper
 
     # -- the model and its engines -----------------------------------------------------------------------------
     def refresh(self) -> None:
         """Look at the model anew: names, engines, mesh. Layouts found before are forgotten."""
         self.names = Names(self.module)
         self.root = self.names.root
-        self.engines = Engines([self.outermost, self.module, self.root])
+        self.engines = Engines([self.outermost, self.module, self.root], getattr(self, "engines", None))
         self.names.add_hidden(self.engines.hidden_parameters())
         self.mesh: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
+        for bound in self.bounds:
+            bound.axes, bound.override = on_mesh(bound.hook, self.mesh, bound.where)
         self.inference = Inference(self.engines, self.mesh, self.root)
         self.context = EditContext(self.mesh, self.save_ctx, self.modules, self.seed)
         if self.mesh.axes:
@@ -111,7 +115,8 @@ class Runtime:
             return None
         first = next(self.root.parameters(), None)
         active = None if "DDP" in self.engines.names else DistributedDataParallel._get_active_ddp_module()
-        return active, type(self.outermost), type(self.root), getattr(first, "_spec", None) is not None
+        sharded = getattr(first, "_spec", None) is not None
+        return active, self.engines.alive, type(self.outermost), type(self.root), sharded
 
     # -- installing --------------------------------------------------------------------------------------------
     def uninstall(self) -> None:

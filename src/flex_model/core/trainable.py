@@ -87,7 +87,7 @@ class TrainableModules(nn.ModuleDict):
     def mean_gradients(self, mesh: ModelMesh) -> None:
         """Mean of the gradients over the data axes, in one message. A no-op for ranks that agree already."""
         data = [i for i, a in enumerate(mesh.axes) if a.kind == "data"]
-        grads = [g.to_local() if isinstance(g, DTensor) else g for p in self.parameters() if (g := p.grad) is not None]
+        grads = [local for p in self.parameters() if (local := _unreduced(p.grad)) is not None]
         if not data or not grads or not mesh.mean:
             return
         flat = torch.cat([g.detach().flatten().to(_widest(grads)) for g in grads])
@@ -105,3 +105,10 @@ def _plain(parameter: Tensor | None) -> Tensor:
 
 def _widest(grads: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+
+
+def _unreduced(grad: Tensor | None) -> Tensor | None:
+    """This rank's gradient; None where an engine holds the module too, and shards and reduces its gradients itself."""
+    if not isinstance(grad, DTensor):
+        return grad
+    return grad.to_local() if all(isinstance(p, Replicate) for p in grad.placements) else None

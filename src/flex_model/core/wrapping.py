@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["check_sizes", "largest_mesh", "plain_keys", "with_signature_of", "wrapped_keys"]
 
 
-def with_signature_of(module: nn.Module) -> Callable[..., Any]:
-    """FlexModel's forward under the wrapped model's signature, so that trainers keep the right dataset columns."""
+def with_signature_of(module: nn.Module, wrapper: type[nn.Module]) -> type[nn.Module]:
+    """The wrapper's class with the wrapped model's signature, so that trainers keep the right dataset columns."""
+    forward = _forward(module)
+    return type(wrapper.__name__, (wrapper,), {"forward": forward, "__module__": wrapper.__module__})
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from flex_model.engines.accelerate import AccelerateEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
 from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh
@@ -21,7 +22,14 @@ from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
 __all__ = ["Engine", "Engines", "GradientSite"]
 
 # Data engines first: what they claim is theirs; DTensor takes the axes that are left.
-_KNOWN: tuple[type[Engine], ...] = (DDPEngine, FSDP1Engine, FSDP2Engine, TransformersEngine, DTensorEngine)
+_KNOWN: tuple[type[Engine], ...] = (
+    DDPEngine,
+    FSDP1Engine,
+    FSDP2Engine,
+    TransformersEngine,
+    DTensorEngine,
+    AccelerateEngine,
+)
 _DATA_NAMES = ("dp", "ddp", "fsdp", "hsdp", "dp_replicate", "dp_shard", "replicate", "shard", "data", "batch")
 
 
@@ -32,13 +40,23 @@ def _kind(axis_name: str) -> AxisKind:
 class Engines:
     """The engines found on a model, in one: the first that has an answer gives it."""
 
-    def __init__(self, nested: Sequence[nn.Module]) -> None:
-        """``nested`` is one model with all its wrappers, the outermost first."""
+    def __init__(self, nested: Sequence[nn.Module], before: Engines | None = None) -> None:
+        """``nested`` is one model with all its wrappers, the outermost first.
+
+        A DDP that was seen ``before`` at work around the model stays found when the model is called without it, as
+        trainers do to evaluate: its ranks still hold parts of one batch.
+        """
         self.found: list[Engine] = []
-        if dist.is_available() and dist.is_initialized():
-            for known in _KNOWN:
-                engines = (known.find(module) for module in nested)
-                self.found += [e for e in engines if e is not None][:1]
+        ready = dist.is_available() and dist.is_initialized()
+        for known in _KNOWN:
+            if ready or not known.distributed:
+                engines = [e for e in (known.find(module) for module in nested) if e is not None]
+                engines += [e for e in (before.found if before else ()) if type(e) is DDPEngine is known and e.alive]
+                self.found += engines[:1]
+
+    @property
+    def alive(self) -> bool:
+        return all(e.alive for e in self.found)
 
     @property
     def names(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -25,7 +26,7 @@ class DDPEngine(Engine):
 
     def __init__(self, module: nn.Module, ddp: DistributedDataParallel) -> None:
         super().__init__(module)
-        self.ddp = ddp
+        self._ddp = weakref.ref(ddp)  # it may be around FlexModel, and go
 
     @classmethod
     def find(cls, module: nn.Module) -> DDPEngine | None:
@@ -35,6 +36,16 @@ class DDPEngine(Engine):
         if active is not None and any(m is module for m in active.modules()):
             return cls(module, active)
         return None
+
+    @property
+    def alive(self) -> bool:
+        return self._ddp() is not None
+
+    @property
+    def ddp(self) -> DistributedDataParallel:
+        ddp = self._ddp()
+        assert ddp is not None
+        return ddp
 
     @property
     def axes(self) -> list[Axis]:

@@ -43,6 +43,7 @@ class Engine:
     """One parallel framework, as found on one model. The base class is a model without any."""
 
     name: ClassVar[str] = "none"
+    distributed: ClassVar[bool] = True  # it needs a process group
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -56,6 +57,11 @@ class Engine:
     def axes(self) -> list[Axis]:
         """The mesh axes this engine spreads the model over."""
         return []
+
+    @property
+    def alive(self) -> bool:
+        """Whether what was found is still there."""
+        return True
 
     @property
     def meshes(self) -> list[DeviceMesh]:

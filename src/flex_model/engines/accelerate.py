@@ -1,0 +1,34 @@
+"""accelerate's ``device_map``: modules whose weights lie elsewhere until they run. Activations need nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from flex_model.engines.engine import Engine
+
+__all__ = ["AccelerateEngine"]
+
+
+class AccelerateEngine(Engine):
+    """Some module has a hook of accelerate's."""
+
+    name: ClassVar[str] = "accelerate"
+    distributed: ClassVar[bool] = False
+
+    @classmethod
+    def find(cls, module: nn.Module) -> AccelerateEngine | None:
+        if "accelerate" not in sys.modules:
+            return None
+        return cls(module) if any(hasattr(m, "_hf_hook") for m in module.modules()) else None
+
+    def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor | None:
+        parameter = owner._parameters.get(attribute)
+        if parameter is None or not parameter.is_meta:
+            return None
+        from accelerate.utils import align_module_device
+
+        with align_module_device(owner):
+            return owner.get_parameter(attribute).detach().clone()
