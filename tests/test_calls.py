@@ -1,4 +1,4 @@
-"""Who calls, and when: engines applied late, loops of unequal length, recomputation, attached captures, nested calls."""
+"""Who calls, and when: engines applied late, unequal loops, recomputation, attached captures, random edits."""
 
 from __future__ import annotations
 
@@ -180,6 +180,18 @@ def _random(engine: str) -> list[Any]:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "tp"])
 def test_random_edits(engine: str) -> None:
     assert run_world(2, _random, engine) == [[True, True]] * 2
+
+
+def test_check_mode_finds_an_edit_that_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flex_model.errors import EditError
+
+    monkeypatch.setenv("FLEX_MODEL_CHECK", "1")
+    fm = FlexModel(models.net())
+    with (
+        pytest.raises(EditError, match=r"layers.0.mlp.act \(forward\).*random=True"),
+        fm.edit(SITE, lambda x: x + torch.randn_like(x)),
+    ):
+        fm(models.tokens())
 
 
 def _silently_lost() -> list[str]:

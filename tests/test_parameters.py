@@ -68,11 +68,10 @@ def _edited(engine: str) -> list[str]:
     return parity.wrong_gradients(fm, plain, parameters)
 
 
-# DDP over tensor parallelism replaces the model's parameters in its first forward: they have no hook to be met by
-ENGINES = [(2, e) for e in engines.TWO_RANKS] + [(4, e) for e in engines.FOUR_RANKS if e != "ddp_tp"]
+ENGINES = [(2, e) for e in engines.TWO_RANKS] + [(4, e) for e in engines.FOUR_RANKS]
 
 
-@pytest.mark.parametrize(("ranks", "engine"), [*ENGINES, (4, "ddp_tp")])
+@pytest.mark.parametrize(("ranks", "engine"), ENGINES)
 def test_full_parameter(ranks: int, engine: str) -> None:
     assert run_world(ranks, _full_parameters, engine) == [[]] * ranks
 

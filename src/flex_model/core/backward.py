@@ -83,12 +83,14 @@ class Backward:
                     out.append(bound)
         return out
 
-    def on_parameter(self, bound: Bound, stated: Mapping[AxisKind, Placement], grad: Tensor) -> Tensor | None:
+    def on_parameter(
+        self, bound: Bound, stated: Mapping[AxisKind, Placement], spec: Any, grad: Tensor
+    ) -> Tensor | None:
         if self.runtime.quiet:
             return None
         call = self.runtime.call_now()
         self.arm(call)
-        layout = parameter_layout(self.runtime, grad, stated)
+        layout = parameter_layout(self.runtime, grad, stated, spec)
         form = Form(Spot(bound.name, "param", 0), grad.dim(), True)
         return meet_gradient(self.runtime, [(bound, False)], 0, form, layout, call, grad)
 

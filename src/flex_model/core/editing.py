@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -28,7 +29,7 @@ class EditContext:
 
     def __init__(self, mesh: ModelMesh, save_ctx: Any, modules: Any, seed: int) -> None:
         self.mesh, self.save_ctx, self.modules, self.seed = mesh, save_ctx, modules, seed
-        self.check = False
+        self.check = bool(os.environ.get("FLEX_MODEL_CHECK"))  # check mode: slower, finds what is only sometimes wrong
         self.even_axes: frozenset[int] = frozenset()
         self.on_failure: Callable[[Bound, Call, BaseException], None] | None = None
 

@@ -51,6 +51,7 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
         or hook.unpack_idx not in (0, "all")
         or hook.random
         or bound.may_write
+        or runtime.context.check
         or hook.run == "sharded"
     ):
         return None

@@ -399,7 +399,7 @@ class FlexModel(nn.Module):
         return site_rows(self._runtime)
 
     def plan(self) -> list[PlanRow]:
-        """What each hook costs: layout, collective and bytes a call, from the layouts known so far."""
+        """What each hook costs: layout, collective and elements moved a call, from the layouts known so far."""
         return plan_rows(self._runtime)
 
     def restore(self) -> nn.Module:

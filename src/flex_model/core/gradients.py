@@ -15,7 +15,7 @@ from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged
 from flex_model.core.editing import run_edit
 from flex_model.core.hook_function import Call
-from flex_model.core.inference import Form, Spot
+from flex_model.core.inference import Form, Spot, placements_on
 from flex_model.core.local import like, plain
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
@@ -160,7 +160,7 @@ def _verify_gradient(
     if known is not None:
         return known  # type: ignore[no-any-return]
     local = plain(grad.detach())
-    where = f"gradient of {form.spot.name or '(the model)'} {form.spot.side}put {form.spot.index}"
+    where = f"gradient of {form.spot.place}"
     made = Claim(
         where,
         tuple(local.shape),
@@ -176,12 +176,14 @@ def _verify_gradient(
     return None
 
 
-def parameter_layout(runtime: Runtime, grad: Tensor, stated: Mapping[AxisKind, Placement]) -> Layout:
-    """The layout of a parameter's local gradient: the engine's word by kind of axis, the DTensor's, else replicated."""
+def parameter_layout(runtime: Runtime, grad: Tensor, stated: Mapping[AxisKind, Placement], spec: Any) -> Layout:
+    """The layout of a parameter's local gradient: the engine's word by kind of axis, what the gradient or else the
+    parameter (``spec``) says, else replicated."""
     mesh = runtime.mesh
     placements: list[Any] = [stated.get(a.kind, Replicate()) for a in mesh.axes]
-    own = runtime.inference.stated(grad) if isinstance(grad, DTensor) else {}
-    for axis, (placement, _) in own.items():
+    spec = grad._spec if isinstance(grad, DTensor) else spec
+    own = {} if spec is None else placements_on(mesh, spec.mesh, spec.placements)
+    for axis, placement in own.items():
         placements[axis] = placement
     if not mesh.mean:
         placements = [Partial("sum") if isinstance(p, Partial) else p for p in placements]

@@ -27,7 +27,7 @@ from flex_model.layout.twin import Twin, TwinShapes
 from flex_model.routing.collectives import all_gather_objects
 from flex_model.trees import copy_tree
 
-__all__ = ["Form", "Inference", "Spot"]
+__all__ = ["Form", "Inference", "Spot", "placements_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,12 @@ class Spot(NamedTuple):
     index: int  # type: ignore[assignment]
     gradient: bool = False
     override: tuple[Any, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        name = self.name or "(the model)"
+        return name if self.side == "param" else f"{name} {self.side}put {self.index}"
 
 
 class Form(NamedTuple):
@@ -135,7 +141,7 @@ class Inference:
     ) -> Claim:
         """This rank's claim for a value that has no settled layout."""
         spot = form.spot
-        where = f"{spot.name or '(the model)'} {'gradient of ' if spot.gradient else ''}{spot.side}put {spot.index}"
+        where = spot.place
         stated = dict(self.stated(value))
         for axis, placement in spot.override:
             stated[axis] = (placement, "layout=")

@@ -36,6 +36,7 @@ from flex_model.core.trainable import TrainableModules
 from flex_model.engines import Engines
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
+from flex_model.layout.values import sharding
 
 __all__ = ["Runtime"]
 
@@ -177,7 +178,7 @@ class Runtime:
                 _, site = self.engines.gradient_site(owner, attribute)
                 parameter = owner._parameters.get(attribute)
                 if site.when == "local" and parameter is not None and parameter.requires_grad:
-                    hook = partial(self.backward.on_parameter, bound, site.stated)
+                    hook = partial(self.backward.on_parameter, bound, site.stated, sharding(parameter))
                     self._parameter_handles.append(parameter.register_hook(hook))
 
     # -- calls -------------------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ class FSDP1Engine(Engine):
         if place is None or grad is None:
             return None
         handle, offset, shape = place
+        if handle.uses_sharded_strategy and not self._is_sharded(handle, grad):
+            return None  # no_sync: it will be part of the gradient that is reduced
         if before is not None and before.shape == grad.shape:
             grad = grad - before
         flat = self._whole(handle, grad)
@@ -117,15 +119,11 @@ class FSDP1Engine(Engine):
         return bool(handle.uses_sharded_strategy) and flat.numel() == handle.flat_param._sharded_size.numel()
 
     def _whole(self, handle: Any, flat: Tensor) -> Tensor:
-        """The unsharded flat tensor; a gradient that ``no_sync`` left unreduced is meant over the ranks."""
+        """The unsharded flat tensor."""
         group = handle.process_group
         flat = flat.detach().reshape(-1)
         if self._is_sharded(handle, flat):
             out = flat.new_empty(flat.numel() * dist.get_world_size(group))
             all_gather_flat(out, flat.contiguous(), group=group)
             return out
-        if handle.uses_sharded_strategy and flat is not handle.flat_param:
-            flat = flat.clone()
-            dist.all_reduce(flat, group=group)
-            flat /= dist.get_world_size(group)
         return flat

@@ -21,7 +21,7 @@ __all__ = ["OneRankRoute", "use_parameters"]
 
 
 class OneRankRoute:
-    """Unshard to the main rank and back, for one value at one call. Axes outside ``axes`` are not crossed."""
+    """Unshard to the main rank and back, for one value at one call."""
 
     def __init__(self, mesh: ModelMesh, layout: Layout, local: Tensor) -> None:
         self.mesh, self.layout = mesh, layout
