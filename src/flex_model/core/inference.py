@@ -71,7 +71,8 @@ class Inference:
 
     # -- a call ------------------------------------------------------------------------------------------------
     def new_call(self) -> None:
-        self._occurrence.clear()
+        if self._occurrence:
+            self._occurrence.clear()
 
     def lacks(self, wanted: Mapping[tuple[Any, ...], nn.Module]) -> bool:
         """Whether a wanted value (name, side, index) has never been looked for."""

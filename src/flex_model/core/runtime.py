@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +42,7 @@ from flex_model.layout.values import sharding
 __all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
+_initialized = dist.is_initialized if dist.is_available() else lambda: False
 
 
 class Runtime:
@@ -112,7 +114,7 @@ class Runtime:
 
     def _engine_mark(self) -> object:
         """Changes when an engine was applied, or removed, since the last look."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _initialized():
             return None
         first = next(self.root.parameters(), None)
         active = None if "DDP" in self.engines.names else DistributedDataParallel._get_active_ddp_module()
