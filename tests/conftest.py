@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,19 @@ def unchanged(fm: FlexModel) -> Iterator[None]:
     before = state()
     yield
     assert state() == before
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The parity table: what tests printed of sites exact of sites tried."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, []) if r.when == "call"]
+    printed = [line for r in reports for line in r.capstdout.splitlines() if re.search(r"\d+ exact of \d+", line)]
+    counts = [re.search(r"(\d+) exact of (\d+)", line) for line in dict.fromkeys(printed)]
+    if counts:
+        terminalreporter.section("sites and edits equal to the oracle")
+        for line in dict.fromkeys(printed):
+            terminalreporter.write_line(line)
+        exact, tried = (sum(int(c[i]) for c in counts if c) for i in (1, 2))
+        terminalreporter.write_line(f"in all: {exact} exact of {tried} tried; the rest is refused by name")
 
 
 @pytest.fixture(autouse=True)

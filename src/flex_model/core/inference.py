@@ -181,7 +181,8 @@ class Inference:
             return {"twin_failure": "its first call was before the hook was there"}
         if self._twin is None:
             module, args, kwargs = self._inputs
-            self._twin = Twin(module, self.engines.plain_class).shapes(args, kwargs, self._watched)
+            inside = self.root if any(m is self.root for m in module.modules()) else module  # without its wrappers
+            self._twin = Twin(inside, self.engines.plain_class).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
         return {
             "twin": once[index] if once is not None and index < len(once) else None,
