@@ -234,3 +234,43 @@ def _whole() -> list[Any]:
 
 def test_full_output_and_full_batch() -> None:
     assert run_world(2, _whole) == [[True, True]] * 2
+
+
+class Routed(nn.Module):
+    """Experts of their own modules: one runs only where a sample asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for i, expert in enumerate(self.experts):
+            chosen = x[:, 0] > 0 if i == 0 else (x[:, 0] <= 0 if i == 1 else x[:, 0] > 1e9)
+            if bool(chosen.any()):
+                x = torch.where(chosen[:, None], expert(x), x)
+        return x
+
+
+def _routed(grad: bool) -> list[Any]:
+    torch.manual_seed(0)
+    model = Routed()
+    with torch.no_grad():
+        model.first.weight.copy_(torch.eye(8))
+        model.first.bias.zero_()
+    fm = FlexModel(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True))
+    sign = 1.0 if dist.get_rank() == 0 else -1.0
+    out = []
+    for _ in range(2):  # the first call finds layouts, the second has them
+        with torch.set_grad_enabled(grad), fm.capture("first", "experts.*") as acts:
+            fm(torch.full((2, 8), sign))
+        out.append([tuple(acts["first"].shape), sorted(acts.refused)])
+    return out
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_modules_that_run_on_some_ranks_only_are_refused_by_name(grad: bool) -> None:
+    for rank, (first, second) in enumerate(run_world(2, _routed, grad)):
+        assert first == [(4, 8), ["experts.0", "experts.1"]]
+        assert second == [(4, 8), [f"experts.{rank}"]]  # known by now, where it runs

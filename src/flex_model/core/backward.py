@@ -138,7 +138,8 @@ class Backward:
             elif (item := self.runtime.outbox.item(one, refused)) is not None:
                 items.append(item)
         if edited or any(i.layout.moving_axes and i.mode != "local" for i in items):
-            self.runtime.outbox.status(items)
+            outbox = self.runtime.outbox
+            outbox.same_on_all(outbox.status([(i.where, "") for i in items]))
         self.runtime.outbox.deliver(items)
         self.runtime.modules.mean_gradients(self.runtime.mesh)
         self.runtime.outbox.raise_refused(refused)

@@ -38,6 +38,7 @@ class Staged:
     form: Form | None = None
     layout: Layout | None = None
     gradient: bool = False
+    forward: int = 0  # of those since the last point
     selected: bool = False  # the hook's selection was made
 
 

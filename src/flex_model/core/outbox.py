@@ -7,6 +7,7 @@ backward, ``flush``. At such a point claims are settled, failures told to everyb
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -20,7 +21,7 @@ from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form
 from flex_model.errors import DeliveryError, EditError, LayoutError
 from flex_model.layout.claim import Claim
-from flex_model.layout.layout import Layout
+from flex_model.layout.layout import Layout, shard_dim
 from flex_model.routing.collectives import all_gather_ints, all_gather_objects
 from flex_model.routing.delivery import Buffers, Item, deliver
 from flex_model.routing.route import gradient_scale
@@ -42,22 +43,37 @@ class Outbox:
         self.claims: dict[Form, Claim] = {}
         self.failures: list[dict[str, Any]] = []
         self.refused: list[Refused] = []
+        self.forwards = 0  # since the last point
         self._buffers = Buffers()
 
     def point(self, *, edited: bool = False) -> None:
         """All ranks are here: settle what was claimed, tell of failures, deliver what waits. Collective."""
-        if not self.runtime.mesh.axes:
+        mesh = self.runtime.mesh
+        if not mesh.axes:
             return
-        if self.claims:
-            claims, self.claims = self.claims, {}
-            self.runtime.inference.settle(claims)
-        staged, self.waiting = self.waiting, []
+        data = any(a.kind == "data" for a in mesh.axes)
+        new = bool(self.claims)
+        # On tensor axes alone all ranks run the same code on the same data, so that they ask alike without asking.
+        if edited or data or any(_moves(s) for s in self.waiting):
+            rows = self.status([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
+            new = any(claims for _, claims, _ in rows)
+            if data and len({(count, mark) for count, _, mark in rows}) > 1:
+                self._settle(new)
+                new = False
+                self._align()
+            else:
+                self.same_on_all(rows)
+        self._settle(new)
+        staged, self.waiting, self.forwards = self.waiting, [], 0
         refused, self.refused = self.refused, []
         items = [i for s in staged if (i := self.item(s, refused)) is not None]
-        if edited or any(i.layout.moving_axes and i.mode != "local" for i in items):
-            self.status(items)
         self.deliver(items)
         self.raise_refused(refused)
+
+    def _settle(self, new: bool) -> None:
+        claims, self.claims = self.claims, {}
+        if new:
+            self.runtime.inference.settle(claims)
 
     def discard(self, bounds: list[Bound]) -> None:
         """Forget what these hooks have staged: their block has ended with an exception."""
@@ -109,22 +125,25 @@ class Outbox:
         with torch.inference_mode(False):
             deliver(items, self.runtime.mesh, self._buffers)
 
-    def status(self, items: list[Item]) -> None:
-        """One small exchange: does everybody hold the same values, and did nobody's edit fail?"""
-        mark = crc32("|".join(i.where for i in items).encode())
-        rows = all_gather_ints(
-            [len(self.failures), len(items), mark], self.runtime.mesh.world, self.runtime.device_of_values
-        )
+    def status(self, places: Sequence[tuple[str, Any]], claims: int = 0) -> list[tuple[int, int, int]]:
+        """One small exchange: did an edit fail? Else every rank's (number of values, new claims, mark of places)."""
+        mark = crc32(repr(places).encode())
+        mesh = self.runtime.mesh
+        row = [len(self.failures), len(places), claims, mark]
+        rows = all_gather_ints(row, mesh.world, self.runtime.device_of_values)
         if any(r[0] for r in rows):
-            everyone = all_gather_objects(self.failures, self.runtime.mesh.world)
-            self.failures = []
+            everyone = all_gather_objects(self.failures, mesh.world)
+            self.failures, self.waiting, self.claims, self.forwards = [], [], {}, 0
             first = next(f for theirs in everyone for f in theirs)
             raise EditError(
                 f"{first['where']}: the editing function failed on rank {first['rank']} in call {first['call']} with "
                 f"{first['error']}; caches, buffers and gradients of this call are undefined.\n{first['traceback']}"
             )
-        if len({tuple(r) for r in rows}) > 1:
-            counts = dict(zip(self.runtime.mesh.ranks, [r[1] for r in rows], strict=True))
+        return [(r[1], r[2], r[3]) for r in rows]
+
+    def same_on_all(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        if len({(count, mark) for count, _, mark in rows}) > 1:
+            counts = dict(zip(self.runtime.mesh.ranks, [r[0] for r in rows], strict=True))
             raise DeliveryError(
                 f"ranks captured different values in this call (values by rank: {counts}); every rank must register "
                 f"the same hooks in the same order and run the same modules."
@@ -156,59 +175,54 @@ class Outbox:
 
     def flush(self) -> None:
         """Deliver all that still waits. Collective, also for ranks that hold less than others."""
-        if not self.runtime.mesh.axes:
-            return
-        if not self.runtime.engines.lockstep:
-            self._align()
         self.point(edited=bool(self.failures) or not self.runtime.engines.lockstep)
 
     def _align(self) -> None:
-        """Ranks may have run different numbers of forwards: the k-th value of a key is the k-th on every rank."""
-        mine = [(s.bound.where, repr(s.key), str(s.local.dtype), tuple(s.local.shape)) for s in self.waiting]
-        everyone = all_gather_objects((mine, {f: None for f in self.claims}), self.runtime.mesh.world)
-        if all(theirs[0] == everyone[0][0] for theirs in everyone):
-            return
-        self._pad([theirs[0] for theirs in everyone])
+        """Ranks hold different values: they ran different numbers of forwards, or a module ran on some ranks only.
 
-    def _pad(self, everyone: list[list[tuple[str, str, str, tuple[int, ...]]]]) -> None:
-        """Stand in with no rows for the values of calls that this rank did not run."""
-        by_key: dict[tuple[str, str], list[Staged]] = {}
-        for staged in self.waiting:
-            by_key.setdefault((staged.bound.where, repr(staged.key)), []).append(staged)
-        longest: dict[tuple[str, str], list[Any]] = {}
-        for theirs in everyone:
-            counted: dict[tuple[str, str], list[Any]] = {}
-            for where, key, _, shape in theirs:
-                counted.setdefault((where, key), []).append(shape)
-            for k, shapes in counted.items():
-                if len(shapes) > len(longest.get(k, [])):
-                    longest[k] = shapes
-        out: list[Staged] = []
-        for place, shapes in longest.items():
-            own = by_key.get(place, [])
-            out += own
-            for shape in shapes[len(own) :]:
-                if not own:
-                    raise DeliveryError(
-                        f"{place[0]}: it ran on other ranks but never on rank {self.runtime.mesh.rank}."
-                    )
-                out.append(self._empty(own[0], shape))
-        self.waiting = out
+        A rank that did not run the k-th forward stands in with no rows. A module that ran in it on some ranks and not
+        on others (an expert that got no token) has no whole value, and is refused by name.
+        """
+        places = [(s.bound.where, repr(s.key), s.forward) for s in self.waiting]
+        shapes = {place: tuple(s.local.shape) for place, s in zip(places, self.waiting, strict=True)}
+        everyone = all_gather_objects((self.forwards, places, shapes), self.runtime.mesh.world)
+        order = dict.fromkeys(p for _, theirs, _ in everyone for p in theirs)
+        broken = {p[:2] for p in order if not _runs_together(p, everyone)}
+        kept = {p: [s for place, s in zip(places, self.waiting, strict=True) if place == p] for p in order}
+        like = {p[:2]: s for p, s in zip(places, self.waiting, strict=True)}
+        self.waiting = []
+        for where, key in broken:
+            self._refuse_place(where, key)
+        for place in sorted(order, key=lambda p: p[2]):
+            if place[:2] in broken:
+                continue
+            times = max(theirs.count(place) for _, theirs, _ in everyone)
+            shape = next(known[place] for _, _, known in everyone if place in known)
+            missing = times - len(kept[place])
+            self.waiting += kept[place] or [self._empty(like[place[:2]], shape) for _ in range(missing)]
+
+    def _refuse_place(self, where: str, key: str) -> None:
+        error = LayoutError(f"{where}: the full value is unknown: it ran on some ranks and not on others.")
+        for bound in self.runtime.bounds:
+            if bound.where == where:
+                self.refused += [(bound, k, error) for k in (bound.key, bound.site(0)) if repr(k) == key][:1]
 
     def _empty(self, like: Staged, shape: tuple[int, ...]) -> Staged:
-        layout = like.layout or self._settled(like)
-        shape_list = list(shape)
-        for i in layout.sharded_axes:
+        """The part of a rank that did not run a forward: no rows."""
+        assert like.layout is not None or like.form is not None
+        found = like.layout if like.layout is not None else self.runtime.inference.known[like.form]  # type: ignore[index]
+        sizes = list(shape)
+        for i in found.sharded_axes if isinstance(found, Layout) else ():
             if self.runtime.mesh.axes[i].kind == "data":
-                shape_list[layout.placements[i].dim] = 0  # type: ignore[attr-defined]
-        return Staged(like.bound, like.key, like.local.new_empty(shape_list), like.form, like.layout)
+                sizes[shard_dim(found.placements[i]) or 0] = 0  # type: ignore[union-attr]
+        return Staged(like.bound, like.key, like.local.new_empty(sizes), like.form, like.layout)
 
-    def _settled(self, staged: Staged) -> Layout:
-        if self.claims:
-            claims, self.claims = self.claims, {}
-            self.runtime.inference.settle(claims)
-        assert staged.form is not None
-        found = self.runtime.inference.known[staged.form]
-        if isinstance(found, LayoutError):
-            raise found
-        return found
+
+def _moves(staged: Staged) -> bool:
+    return staged.layout is None or (bool(staged.layout.moving_axes) and staged.bound.deliver != "local")
+
+
+def _runs_together(place: tuple[str, str, int], everyone: Sequence[tuple[int, list[Any], Any]]) -> bool:
+    """Whether all ranks that ran a forward passed a place equally often in it, and every rank has passed it at all."""
+    times = {theirs.count(place) for forwards, theirs, _ in everyone if forwards > place[2]}
+    return len(times) == 1 and all(any(p[:2] == place[:2] for p in theirs) for _, theirs, _ in everyone)

@@ -253,6 +253,9 @@ class Runtime:
         if not self.mesh.axes:
             fast.put_all(call.staged)
         else:
+            for staged in call.staged:
+                staged.forward = self.outbox.forwards
+            self.outbox.forwards += 1
             self.outbox.waiting += call.staged
             for form, claim in call.claims.items():
                 self.outbox.claims.setdefault(form, claim)
