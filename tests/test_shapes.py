@@ -301,3 +301,87 @@ def test_decoding_with_a_cache(tmp_path: Any) -> None:
     models.make("llama").save_pretrained(tmp_path)
     assert run_world(2, _decode, True, str(tmp_path)) == [[True, True, 5]] * 2
     assert run_world(2, _decode, False, str(tmp_path)) == [[True, True, 5]] * 2
+
+
+class Twice(nn.Module):
+    """One module fires with the batch first, then without a batch dim, then on nothing at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.scale(torch.arange(32.0).view(4, 8) / 10)
+        self.scale(x[:, :0].reshape(x.shape[0], 0, 8))
+        return self.scale(x) + table.sum()
+
+
+def _each_firing(grad: bool) -> list[Any]:
+    torch.manual_seed(0)
+    plain = Twice()
+    full = torch.randn(8, 8)
+    want: list[Tensor] = []
+    plain.scale.register_forward_hook(lambda m, a, o: want.append(o.detach()) or torch.tanh(o))
+    expected = plain(full)
+    fm = FlexModel(nn.parallel.DistributedDataParallel(copy.deepcopy(plain)))
+    for module in fm.modules():
+        module._forward_hooks.clear()
+    out = []
+    for _ in range(2):
+        with torch.set_grad_enabled(grad), fm.capture("scale") as acts, fm.edit("scale", torch.tanh):
+            got = fm.full_output(fm(full.chunk(2)[dist.get_rank()]))
+        shapes = [tuple(t.shape) for t in acts.calls("scale")]
+        equal = all(relative_error(a, b) < 1e-5 for a, b in zip(acts.calls("scale"), want, strict=True))
+        out.append([shapes, equal, relative_error(got, expected) < 1e-5])
+    return out
+
+
+def test_each_firing_of_a_module_has_its_own_layout() -> None:
+    shapes = [(4, 8), (8, 0, 8), (8, 8)]
+    assert run_world(2, _each_firing, True) == [[[shapes, True, True]] * 2] * 2
+
+
+def _kinds_of_call() -> list[Any]:
+    """A position table has a batch dim if the call is given positions, and none if not."""
+    plain = models.make("gpt2")
+    ids = models.inputs("gpt2")["input_ids"]
+    given = {"input_ids": ids, "position_ids": torch.arange(6).expand(4, 6).contiguous()}
+    fm = FlexModel(nn.parallel.DistributedDataParallel(copy.deepcopy(plain)))
+    shapes = []
+    plain.transformer.wpe.register_forward_hook(lambda m, a, o: shapes.append(tuple(o.shape)))
+    got = []
+    for batch in ({"input_ids": ids}, given, {"input_ids": ids}):
+        plain(**batch)
+        with fm.capture("transformer.wpe") as acts:
+            fm(**{k: v.chunk(2)[dist.get_rank()] for k, v in batch.items()})
+        got.append(tuple(acts["transformer.wpe"].shape))
+    return [got == shapes, got]
+
+
+def test_calls_of_another_kind_are_looked_at_anew() -> None:
+    assert run_world(2, _kinds_of_call) == [[True, [(1, 6, 32), (4, 6, 32), (1, 6, 32)]]] * 2
+
+
+class SortedByExpert(nn.Module):
+    """Rows of both choices of every token, all first choices before all second ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expert(torch.cat([x, x])).view(2, *x.shape).sum(0)
+
+
+def _order_unseen() -> str:
+    fm = FlexModel(nn.parallel.DistributedDataParallel(SortedByExpert()))
+    with fm.capture("expert") as acts:
+        fm(torch.randn(2, 8))
+    try:
+        return str(acts["expert"])
+    except LayoutError as error:
+        return str(error)
+
+
+def test_rows_that_repeat_show_no_order() -> None:
+    assert all("repeat themselves" in said or "do not follow" in said for said in run_world(2, _order_unseen))

@@ -100,7 +100,7 @@ def fire(runtime: Runtime, bound: Bound, leaf: Leaf, call: ActiveCall, occurrenc
     if not recomputed:
         bound.fired += 1
     value = leaf.tensor
-    form = runtime.inference.form(Spot(bound.name, bound.side, leaf.index, False, bound.override), value)
+    form = runtime.inference.form(Spot(bound.name, bound.side, leaf.index, False, bound.override, occurrence), value)
     needed_now = bound.edit is not None or bound.attached
     layout = claim_layout(runtime, bound, form, value, call, occurrence, now=needed_now)
     if isinstance(layout, LayoutError):

@@ -77,7 +77,7 @@ def watch_gradient(
             return None
         value = value.detach().requires_grad_().clone()
     bound = watchers[0][0]
-    form = runtime.inference.form(Spot(bound.name, side, index, False, bound.override), value)
+    form = runtime.inference.form(Spot(bound.name, side, index, False, bound.override, occurrence), value)
     claim_layout(runtime, bound, form, value, call, occurrence, now=False)
     alias: Tensor = _Alias.apply(value)
     alias.register_hook(partial(on_gradient, runtime, watchers, index, form, call))

@@ -22,7 +22,7 @@ from flex_model.layout.claim import Claim, Evidence, agree, claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim, probe_batch
-from flex_model.layout.record import Key
+from flex_model.layout.record import Key, input_kind
 from flex_model.layout.twin import Twin, TwinShapes
 from flex_model.routing.collectives import all_gather_objects
 from flex_model.trees import copy_tree
@@ -40,6 +40,7 @@ class Spot(NamedTuple):
     index: int  # type: ignore[assignment]
     gradient: bool = False
     override: tuple[Any, ...] = ()
+    occurrence: int = 0  # which firing of the module within a call
 
     @property
     def place(self) -> str:
@@ -52,6 +53,7 @@ class Form(NamedTuple):
     spot: Spot
     dims: int
     grad_mode: bool
+    kind: int = 0  # of the call's inputs: a position table has a batch dim or none, by what the call was given
 
 
 class Inference:
@@ -60,23 +62,30 @@ class Inference:
     def __init__(self, engines: Engines, mesh: ModelMesh, root: nn.Module) -> None:
         self.engines, self.mesh, self.root = engines, mesh, root
         self.known: dict[Form, Layout | LayoutError] = {}
+        self._common: dict[Form, Layout | LayoutError | None] = {}  # of a place; None where its firings differ
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._watched: dict[str, nn.Module] = {}
         self._twin: TwinShapes | None = None
         self._batch: dict[Key, list[BatchDim]] | None = None
         self._batch_failure = ""
         self._probed: set[tuple[Any, ...]] = set()
+        self._data = any(a.kind == "data" for a in mesh.axes)
+        self._kinds: dict[tuple[Any, ...], int] = {}
+        self._kind = 0
         self._occurrence: Counter[tuple[str, str]] = Counter()
         self._trivial = Layout(tuple(Replicate() for _ in mesh.axes), "one process")
 
     # -- a call ------------------------------------------------------------------------------------------------
-    def new_call(self) -> None:
+    def new_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._occurrence:
             self._occurrence.clear()
+        if self._data:
+            kind = input_kind((args, kwargs))
+            self._kind = self._kinds.setdefault(kind, len(self._kinds))
 
     def lacks(self, wanted: Mapping[tuple[Any, ...], nn.Module]) -> bool:
-        """Whether a wanted value (name, side, index) has never been looked for."""
-        return bool(self.mesh.axes) and not wanted.keys() <= self._probed
+        """Whether a wanted value (name, side, index) has never been looked for in a call of this kind."""
+        return bool(self.mesh.axes) and any((self._kind, *key) not in self._probed for key in wanted)
 
     def begin(
         self,
@@ -87,14 +96,14 @@ class Inference:
     ) -> None:
         """A forward of ``module`` starts in which wanted values are new: keep its inputs, and probe the batch."""
         inside = {id(m) for m in module.modules()}
-        fresh = {k: m for k, m in wanted.items() if k not in self._probed and id(m) in inside}
+        fresh = {k: m for k, m in wanted.items() if (self._kind, *k) not in self._probed and id(m) in inside}
         if not fresh:
             return
-        self._probed |= fresh.keys()
+        self._probed |= {(self._kind, *key) for key in fresh}
         self._watched = {key[0]: m for key, m in fresh.items()}
         self._inputs = (module, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
         self._twin = self._batch = None
-        if any(a.kind == "data" for a in self.mesh.axes):
+        if self._data:
             self._probe()
 
     def _probe(self) -> None:
@@ -117,16 +126,18 @@ class Inference:
 
     # -- layouts -----------------------------------------------------------------------------------------------
     def form(self, spot: Spot, value: Tensor) -> Form:
-        return Form(spot, value.dim(), torch.is_grad_enabled())
+        return Form(spot, value.dim(), torch.is_grad_enabled(), self._kind)
 
     def lookup(self, form: Form) -> Layout | LayoutError | None:
         """The settled layout; None where it is still to be claimed."""
         if not self.mesh.axes:
             return self._trivial
         found = self.known.get(form)
+        if found is None and self._inputs is None:  # with the inputs at hand, every firing is claimed by itself
+            found = self._common.get(_any_firing(form))
         if found is None and torch._C._current_graph_task_id() != -1:
             # a recomputation of what ran without gradients: reentrant checkpointing
-            found = self.known.get(form._replace(grad_mode=not form.grad_mode))
+            found = self._common.get(_any_firing(form._replace(grad_mode=not form.grad_mode)))
         return None if isinstance(found, Layout) and not found.proven else found
 
     def lookup_trivial(self) -> Layout | None:
@@ -205,7 +216,14 @@ class Inference:
         everyone = all_gather_objects(dict(claims), self.mesh.world)
         forms = dict.fromkeys(f for theirs in everyone for f in theirs)
         for form in forms:
-            self.known[form] = agree([theirs.get(form) for theirs in everyone], self.mesh)
+            found = agree([theirs.get(form) for theirs in everyone], self.mesh)
+            self.known[form] = found
+            place = _any_firing(form)
+            before = self._common.setdefault(place, found)
+            if not _alike(before, found):
+                self._common[place] = None
+            elif isinstance(found, Layout):
+                self._common[place] = found
 
     def gradient_layout(self, forward: Layout, grad: Tensor) -> Layout:
         """The layout of a gradient, from that of the value it belongs to."""
@@ -218,6 +236,16 @@ class Inference:
         for axis, (placement, _) in self.stated(grad).items() if isinstance(grad, DTensor) else ():
             placements[axis] = placement
         return Layout(tuple(placements), forward.evidence, forward.shape, forward.ragged, forward.proven)
+
+
+def _any_firing(form: Form) -> Form:
+    return form._replace(spot=form.spot._replace(occurrence=0))
+
+
+def _alike(a: Layout | LayoutError | None, b: Layout | LayoutError) -> bool:
+    if isinstance(a, Layout) and isinstance(b, Layout):
+        return a.placements == b.placements
+    return isinstance(a, LayoutError) and isinstance(b, LayoutError)
 
 
 def _positive(placement: Placement, dims: int) -> Placement:

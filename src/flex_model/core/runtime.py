@@ -198,7 +198,7 @@ class Runtime:
         self.active = ActiveCall(module, self.calls, args, kwargs, torch.is_grad_enabled())
         self.fast_call = None if self.mesh.axes or torch.is_inference_mode_enabled() else self.active
         self.calls += 1
-        self.inference.new_call()
+        self.inference.new_call(args, kwargs)
         if self.inference.lacks(self._wanted):
             with self.silent():
                 self.inference.begin(module, args, kwargs, self._wanted)

@@ -30,6 +30,7 @@ def full_output(runtime: Runtime, output: Any) -> Any:
     if any(inference.lookup(f) is None for f in forms.values()):
         args, kwargs = runtime.last_inputs
         with runtime.silent():
+            inference.new_call(args, kwargs)
             inference.begin(runtime.outermost, args, kwargs, {("", "out", "full_output"): runtime.root})
             claims = {
                 forms[leaf.index]: inference.claim(forms[leaf.index], leaf.tensor, runtime.root, 0, None)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flex_model.layout.record import Key, double_batch, recorded
+from flex_model.layout.record import Key, batch_size, double_batch, recorded
 from flex_model.layout.values import close, local
 from flex_model.trees import copy_tree
 
@@ -62,7 +62,7 @@ def probe_batch(
         before = once.get(key, [])
         if len(before) != len(found):
             return [BatchDim(refusal="it fires another number of times at twice the batch")] * len(found)
-        return [_batch_dim(a, local(b)) for a, b in zip(before, found, strict=True)]
+        return [_batch_dim(a, local(b), batch) for a, b in zip(before, found, strict=True)]
 
     def forward(inputs: Any, keep: Any) -> dict[Key, Any]:
         inner_args, inner_kwargs = copy_tree(inputs, lambda t: t.detach().clone())
@@ -70,6 +70,7 @@ def probe_batch(
             model(*inner_args, **inner_kwargs)
         return seen
 
+    batch = batch_size((args, kwargs))
     with _nothing_changed(model):
         once = forward((args, kwargs), kept)
         try:
@@ -78,7 +79,7 @@ def probe_batch(
             return forward(double_batch((args, kwargs), vectors=False), compared)
 
 
-def _batch_dim(once: Tensor, twice: Tensor) -> BatchDim:
+def _batch_dim(once: Tensor, twice: Tensor, batch: int | None) -> BatchDim:
     """Where ``twice`` is ``once`` two times over."""
     if once.dim() != twice.dim():
         return BatchDim(refusal=f"it has {once.dim()} dims, and {twice.dim()} at twice the batch")
@@ -92,4 +93,16 @@ def _batch_dim(once: Tensor, twice: Tensor) -> BatchDim:
     for start in (0, size):
         if not close(once, twice.narrow(dim, start, size)):
             return BatchDim(refusal=f"the rows of dim {dim} do not follow the order of the batch")
+    if size != batch and _periodic(once, dim):
+        return BatchDim(refusal=f"the rows of dim {dim} repeat themselves, so their order cannot be seen")
     return BatchDim(dim)
+
+
+def _periodic(value: Tensor, dim: int) -> bool:
+    """Whether the rows are some of them over and over: then doubling the batch shows no order."""
+    rows = value.shape[dim]
+    for times in (n for n in (2, 3, 4, 5, 6, 8, rows) if 1 < n <= rows and rows % n == 0):
+        blocks = value.chunk(times, dim)
+        if all(close(blocks[0], block) for block in blocks[1:]):
+            return True
+    return False

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flex_model.trees import copy_tree, tensors
+from flex_model.trees import copy_tree, find_leaves, tensors
 
-__all__ = ["Key", "double_batch", "recorded"]
+__all__ = ["Key", "batch_size", "double_batch", "input_kind", "recorded"]
 
 
 class Key(NamedTuple):
@@ -50,6 +50,12 @@ def recorded(watched: dict[str, nn.Module], keep: Callable[[Key, list[Tensor]], 
 def batch_size(inputs: Any) -> int | None:
     """The size of dim 0 of the first input tensor that has one."""
     return next((t.shape[0] for t in tensors(inputs) if t.dim()), None)
+
+
+def input_kind(inputs: Any) -> tuple[tuple[str, int, bool], ...]:
+    """What of a call's inputs decides how values lie: which tensors there are, their dims, and which have the batch."""
+    batch = batch_size(inputs)
+    return tuple((x.path, x.tensor.dim(), x.tensor.shape[:1] == (batch,)) for x in find_leaves(inputs))
 
 
 def double_batch(inputs: Any, *, vectors: bool = True) -> Any:

@@ -64,8 +64,9 @@ def assemble(parts: Mapping[int, Tensor], layout: Layout, mesh: ModelMesh) -> Te
         if isinstance(placement, Replicate):
             return build((*prefix, home[axis]))
         below = [build((*prefix, i)) for i in range(mesh.axes[axis].size)]
-        if split_factor(placement) == 1 and shard_dim(placement) is not None:
-            below = [b for b in below if b.numel()] or below[:1]  # a rank without rows has no say in the other dims
+        dim = shard_dim(placement)
+        if split_factor(placement) == 1 and dim is not None:
+            below = [b for b in below if b.shape[dim]] or below[:1]  # a rank without rows has no say in the other dims
         if not _fits(below, shard_dim(placement)):
             raise _NoRectangle
         return merge_parts(below, placement)

@@ -115,7 +115,7 @@ def _exchange_shapes(items: Sequence[Item], mesh: ModelMesh) -> None:
 
 def _buckets(items: Sequence[Item]) -> list[list[Item]]:
     out: list[list[Item]] = []
-    size = _BUCKET
+    size = _BUCKET + 1  # the first value opens the first bucket, be it empty
     for item in items:
         assert item.shapes is not None
         width = max(prod(s) for s in item.shapes) * item.local.dtype.itemsize
