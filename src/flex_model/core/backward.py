@@ -124,6 +124,7 @@ class Backward:
             call.snapshots.clear()
         staged, self.staged = self.staged, []
         if not self.runtime.mesh.axes:
+            self.runtime.wait_for_copies()
             fast.put_all(staged)
             return
         claims, self.claims = self.claims, {}

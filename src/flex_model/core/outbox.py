@@ -120,8 +120,7 @@ class Outbox:
         return None if new is None else (bound.selection.take(local), new)
 
     def deliver(self, items: list[Item]) -> None:
-        if self.runtime.device_of_values.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # asynchronous copies are readable from here on
+        self.runtime.wait_for_copies()
         with torch.inference_mode(False):
             deliver(items, self.runtime.mesh, self._buffers)
 

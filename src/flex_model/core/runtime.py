@@ -251,6 +251,7 @@ class Runtime:
         if self._entries_stale:
             self.install()
         if not self.mesh.axes:
+            self.wait_for_copies()
             fast.put_all(call.staged)
         else:
             for staged in call.staged:
@@ -271,6 +272,11 @@ class Runtime:
 
     def stage(self, call: ActiveCall, staged: Staged) -> None:
         call.staged.append(staged)
+
+    def wait_for_copies(self) -> None:
+        """Copies from a GPU run beside the model; from here on they can be read."""
+        if self.device_of_values.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def keep_on(self, layout: Layout | None) -> torch.device | None:
         """Where a staged value waits: on the user's device at once if nothing has to move between ranks."""
