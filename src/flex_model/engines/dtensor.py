@@ -51,14 +51,23 @@ class DTensorEngine(Engine):
 
     @cached_property
     def _fused(self) -> dict[int, set[int]]:
-        """{id of a module: output sizes of the fused projections that its value may come from}."""
+        """{id of a module: output sizes of the fused projections beside it that its value may come from}."""
         named = dict(self.module.named_modules())
-        near: dict[int, set[int]] = {}
+        plain: dict[str, set[int]] = {}  # by container: output sizes of its unfused sharded layers
+        fused: list[tuple[str, int]] = []
         for name, module in named.items():
-            sizes = {int(p.shape[-2]) for p in module.parameters(recurse=False) if (_blocks(p) or 1) > 1}
-            if sizes:
-                for other in named[name.rpartition(".")[0]].modules():
-                    near.setdefault(id(other), set()).update(sizes)
+            container = name.rpartition(".")[0]
+            for parameter in module.parameters(recurse=False):
+                blocks = _blocks(parameter)
+                if blocks == 1:
+                    plain.setdefault(container, set()).add(int(parameter.shape[-2]))
+                elif blocks is not None:
+                    fused.append((container, int(parameter.shape[-2])))
+        near: dict[int, set[int]] = {}
+        for container, size in fused:
+            for name, module in named[container].named_modules(prefix=container):
+                if not any(size in plain.get(inner, ()) for inner in _between(container, name)):
+                    near.setdefault(id(module), set()).add(size)
         return near
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite:
@@ -85,3 +94,10 @@ def _blocks(parameter: Tensor) -> int | None:
     if dim is None or dim % parameter.dim() != parameter.dim() - 2:
         return None
     return split_factor(placement)
+
+
+def _between(container: str, name: str) -> list[str]:
+    """The modules from below ``container`` down to ``name``: a layer in one of them is nearer than the container's."""
+    parts = name.split(".")
+    depth = len(container.split(".")) if container else 0
+    return [".".join(parts[:end]) for end in range(depth + 1, len(parts) + 1)]

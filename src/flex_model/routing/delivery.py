@@ -41,12 +41,13 @@ class Item:
     finish: Callable[[Tensor], Tensor] | None = None  # what is left of a selection once the value is whole
     check: Callable[[tuple[int, ...]], str] | None = None  # what is wrong with the full shape
     shapes: list[tuple[int, ...]] | None = None
+    full: Tensor | Parts | None = None  # here, once it has arrived
 
     def complete(self, full: Tensor | Parts) -> None:
         if isinstance(full, Tensor):
             full = full / self.scale if self.scale != 1 else full
             full = self.finish(full) if self.finish is not None else full
-        self.put(full)
+        self.full = full
 
 
 class Buffers:
@@ -93,12 +94,15 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
             raise ShapeError(problem)
     for item in items:
         if item.mode == "local":
-            item.put(_as_dtensor(item, mesh))
+            item.full = _as_dtensor(item, mesh)
         elif not item.layout.moving_axes and (item.mode == "all" or mesh.is_main):
             item.complete(item.local)
     for mode in ("main", "all"):
         for bucket in _buckets([i for i in moving if i.mode == mode]):
             _move(bucket, mesh, mode, buffers)
+    for item in items:  # in the order of the calls, whatever moved first
+        if item.full is not None:
+            item.put(item.full)
 
 
 def _exchange_shapes(items: Sequence[Item], mesh: ModelMesh) -> None:
