@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from worlds import run_world
 
@@ -94,6 +94,20 @@ def test_uneven_batches_to_main() -> None:
     first, second = run_world(2, _uneven_to_main)
     assert first == (0, (5, 6, 16))
     assert second == (2 * 6 * 16 * 4, None)
+
+
+def _no_rows() -> tuple[int, ...]:
+    full = models.tokens(batch=3)
+    mine = full if dist.get_rank() == 0 else full[:0]
+    fm = FlexModel(engines.place("ddp", models.net()).model, deliver="all")
+    keywords: dict[str, Any] = {"layout": {"dp": Shard(0)}}
+    fm.register_forward_hook(HookFunction(SHARDED, (3, None, None), **keywords))
+    fm(mine)
+    return tuple(fm.output_ptr[SHARDED][0].shape)
+
+
+def test_a_rank_without_rows_knows_the_full_shape() -> None:
+    assert run_world(2, _no_rows) == [(3, 6, 16)] * 2
 
 
 def _four_to_main() -> int:

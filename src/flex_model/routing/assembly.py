@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate
 
 from flex_model.layout.layout import Layout, merge_parts, my_part, shard_dim, split_factor
 from flex_model.layout.mesh import ModelMesh
 
-__all__ = ["Parts", "assemble", "global_indices", "owners", "part_of"]
+__all__ = ["Parts", "assemble", "owners", "part_of"]
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,3 @@ def part_of(full: Tensor, layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequ
         sizes = [_size_below(layout, mesh, shapes, (*coordinate[:axis], i), dim) for i in range(size)]
         full = my_part(full, placement, sizes, coordinate[axis])
     return full
-
-
-def global_indices(
-    dim: int, size: int, layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequence[int]], rank: int
-) -> Tensor:
-    """For each position that ``rank`` holds on ``dim``, its position in the full tensor."""
-    line = torch.arange(size).reshape([size if d == dim else 1 for d in range(len(shapes[0]))])
-    only = tuple(p if shard_dim(p) == dim else Replicate() for p in layout.placements)
-    return part_of(line, Layout(only, ""), mesh, shapes, rank).flatten()

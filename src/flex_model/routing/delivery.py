@@ -217,8 +217,9 @@ def _full_shape(item: Item, mesh: ModelMesh) -> tuple[int, ...]:
             dim = shard_dim(placement)
             if dim is not None:
                 line = [r for r, c in enumerate(mesh.coordinates()) if _same_line(c, mesh.coordinate, axis)]
-                own = item.shapes[mesh.ranks.index(mesh.rank)][dim] or 1
-                shape[dim] = shape[dim] * sum(item.shapes[r][dim] for r in line) // own
+                own = item.shapes[mesh.ranks.index(mesh.rank)][dim]
+                total = sum(item.shapes[r][dim] for r in line)
+                shape[dim] = shape[dim] * total // own if own else total  # a rank may hold no rows
     return tuple(shape)
 
 
