@@ -154,7 +154,7 @@ class Inference:
         """This rank's claim for a value that has no settled layout."""
         spot = form.spot
         where = spot.place
-        stated = dict(self.stated(value))
+        stated = {**self._ruled(module, spot, value.dim()), **self.stated(value)}
         for axis, placement in spot.override:
             stated[axis] = (placement, "layout=")
         known = self.known.get(form) or self.known.get(form._replace(grad_mode=not form.grad_mode))
@@ -184,6 +184,12 @@ class Inference:
             for axis, placement in placements_on(self.mesh, spec.mesh, spec.placements).items()
         }
 
+    def _ruled(self, module: nn.Module, spot: Spot, dims: int) -> dict[int, tuple[Placement, str]]:
+        """What the engines' rules for their own layers say."""
+        mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
+        ruled = self.engines.placements(module, spot.side, spot.index, dims)
+        return {mine[line]: (_positive(p, dims), "the engine's rule") for line, p in ruled.items() if line in mine}
+
     def _twin_shapes(self, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
         undecided = [i for i, a in enumerate(self.mesh.axes) if a.kind == "tensor" and i not in stated]
         if not undecided:
@@ -193,7 +199,7 @@ class Inference:
         if self._twin is None:
             module, args, kwargs = self._inputs
             inside = self.root if any(m is self.root for m in module.modules()) else module  # without its wrappers
-            self._twin = Twin(inside, self.engines.plain_class).shapes(args, kwargs, self._watched)
+            self._twin = Twin(inside, self.engines).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
         return {
             "twin": once[index] if once is not None and index < len(once) else None,

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.engines.accelerate import AccelerateEngine
 from flex_model.engines.ddp import DDPEngine
@@ -99,6 +100,26 @@ class Engines:
             if answer is not None:
                 return answer
         return 1
+
+    def placements(self, module: nn.Module, side: str, index: int, dims: int) -> dict[tuple[int, ...], Placement]:
+        merged: dict[tuple[int, ...], Placement] = {}
+        for engine in reversed(self.found):
+            merged.update(engine.placements(module, side, index, dims))
+        return merged
+
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        return next((s for e in self.found if (s := e.full_shape(parameter)) is not None), None)
+
+    def make_whole(self, twin: nn.Module) -> None:
+        for engine in self.found:
+            engine.make_whole(twin)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self.found:
+                stack.enter_context(engine.alone())
+            yield
 
     def plain_class(self, module: nn.Module) -> type | None:
         return next((c for e in self.found if (c := e.plain_class(module)) is not None), None)

@@ -78,9 +78,27 @@ class Engine:
         why that is unknown, or None: not my layer."""
         return None
 
+    def placements(self, module: nn.Module, side: str, index: int, dims: int) -> Mapping[tuple[int, ...], Placement]:
+        """What this engine's rules say of tensor ``index`` (of ``dims`` dims) of a module's input or output:
+        {ranks along an axis: placement}. Axes left out are found by other evidence."""
+        return {}
+
     def plain_class(self, module: nn.Module) -> type | None:
         """The class a module had before this engine swapped it; None where it did not."""
         return None
+
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The global shape of a parameter that does not tell itself; None: not mine."""
+        return None
+
+    def make_whole(self, twin: nn.Module) -> None:
+        """``twin`` is a copy of the model on the meta device, with parameters of global shapes and without process
+        groups: put the sizes that modules keep for themselves to what they are without this engine."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Code in here runs as if this rank were the only one: for the twin, which must not talk to others."""
+        yield
 
     def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(owner, attribute, what holds it) of parameters that the owner itself does not have at the moment."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -98,8 +98,20 @@ def _is_mesh_state(value: object) -> bool:
     return isinstance(value, (dist.ProcessGroup, DeviceMesh))
 
 
+class Wholeness(Protocol):
+    """What engines know of the model without them."""
+
+    def plain_class(self, module: nn.Module) -> type | None: ...
+
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None: ...
+
+    def make_whole(self, twin: nn.Module) -> None: ...
+
+    def alone(self) -> AbstractContextManager[None]: ...
+
+
 @contextmanager
-def _stripped(model: nn.Module, plain_class: Callable[[nn.Module], type | None]) -> Iterator[dict[int, Any]]:
+def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
@@ -115,7 +127,7 @@ def _stripped(model: nn.Module, plain_class: Callable[[nn.Module], type | None])
             elif isinstance(value, DTensor):
                 memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
         module.__dict__.pop("forward", None)
-        plain = plain_class(module)
+        plain = engines.plain_class(module)
         if plain is not None:
             object.__setattr__(module, "__class__", plain)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -123,8 +135,9 @@ def _stripped(model: nn.Module, plain_class: Callable[[nn.Module], type | None])
         if not is_parameter and not tensor.is_floating_point():
             continue
         spec = sharding(tensor)  # it knows the global shape
-        shape = torch.empty(tuple(tensor.shape if spec is None else spec.shape), dtype=tensor.dtype, device="meta")
-        memo[id(tensor)] = nn.Parameter(shape, requires_grad=False) if is_parameter else shape
+        full = tuple(spec.shape) if spec is not None else engines.full_shape(tensor) or tuple(tensor.shape)
+        blank = torch.empty(full, dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
     try:
         yield memo
     finally:
@@ -146,8 +159,8 @@ class TwinShapes:
 class Twin:
     """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
 
-    def __init__(self, model: nn.Module, plain_class: Callable[[nn.Module], type | None]) -> None:
-        self._model, self._plain_class = model, plain_class
+    def __init__(self, model: nn.Module, engines: Wholeness) -> None:
+        self._model, self._engines = model, engines
 
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
         """``names`` are the watched modules of the real model by clean name."""
@@ -160,8 +173,9 @@ class Twin:
         return out
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int) -> Shapes:
-        with _stripped(self._model, self._plain_class) as memo:
+        with _stripped(self._model, self._engines) as memo:
             twin = copy.deepcopy(self._model, memo)
+        self._engines.make_whole(twin)
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
         watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
 
@@ -173,7 +187,13 @@ class Twin:
             return [tuple(t.shape) for t in found]
 
         args, kwargs = copy_tree(double_batch((args, kwargs)) if times == 2 else (args, kwargs), convert)
-        with torch.no_grad(), _nonzero_is_full(), recorded(watched, shapes) as seen, _IntegersAreReal():
+        with (
+            torch.no_grad(),
+            self._engines.alone(),
+            _nonzero_is_full(),
+            recorded(watched, shapes) as seen,
+            _IntegersAreReal(),
+        ):
             twin(*args, **kwargs)
         return seen
 
