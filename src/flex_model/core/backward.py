@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.core import fast
@@ -17,6 +18,7 @@ from flex_model.core.gradients import meet_gradient, parameter_layout
 from flex_model.core.inference import Form, Spot
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
+from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import AxisKind
 from flex_model.trees import tensors
 
@@ -50,7 +52,7 @@ class Backward:
                 tensor.register_hook(partial(self._on_output_gradient, call))
 
     def _on_output_gradient(self, call: ActiveCall, grad: Tensor) -> None:
-        if self.call is not None and self._task != in_backward():  # of a backward that failed
+        if self.call is not None and call.place is None and self._task != in_backward():  # of one that failed
             self.forget()
         self.arm(call)
 
@@ -63,21 +65,25 @@ class Backward:
         """The backward of ``call`` has begun; be called when the outermost backward is done, after the engines are."""
         first = self.call is None
         self.call = call
-        if not first:
+        if not first or call.place is not None:  # a pipeline's step has an end of its own
             return
         self._task = in_backward()
+        self.begin()
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(self._finish))
+
+    def begin(self) -> None:
+        """Note what was accumulated before, where gradients are met when the backward is done."""
         for bound in self._finished_parameters():
             owner, attribute = self.runtime.names.parameters[bound.name]
             engine, _ = self.runtime.engines.gradient_site(owner, attribute)
             assert engine is not None
             self._before[id(bound)] = engine.gradient_before(owner, attribute)
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._finish))
 
     def _finished_parameters(self) -> list[Bound]:
         out = []
         for bound in self.runtime.bounds:
-            if bound.enabled and bound.hook_type == "tensor":
+            if bound.enabled and bound.hook_type == "tensor" and bound.module is not None:
                 owner, attribute = self.runtime.names.parameters[bound.name]
                 if self.runtime.engines.gradient_site(owner, attribute)[1].when == "finished":
                     out.append(bound)
@@ -94,35 +100,49 @@ class Backward:
         form = Form(Spot(bound.name, "param", 0), grad.dim(), True)
         return meet_gradient(self.runtime, [(bound, False)], 0, form, layout, call, grad)
 
-    def _finish_parameter(self, bound: Bound) -> None:
+    def _finish_parameter(self, bound: Bound) -> Staged | None:
+        """Meet the whole gradient of a backward that is done; it is the same on all ranks of the mesh."""
         owner, attribute = self.runtime.names.parameters[bound.name]
         engine, _ = self.runtime.engines.gradient_site(owner, attribute)
         assert engine is not None
         full = engine.full_gradient(owner, attribute, self._before.get(id(bound)))
         if full is None:
-            return
+            return None
         bound.fired += 1
-        key = bound.key_of(0, False)
-        if bound.sink is not None and (bound.deliver != "main" or self.runtime.mesh.is_main):
-            bound.sink.put(
-                key, full.clone() if self.runtime.device is None else full.to(self.runtime.device, copy=True)
-            )
+        whole = Layout(
+            tuple(Replicate() for _ in self.runtime.mesh.axes), "the engine's own gathering", tuple(full.shape)
+        )
+        staged = Staged(bound, bound.key_of(0, False), full.clone(), layout=whole, selected=True)
         if bound.edit is not None:
             self.edited = True
+            assert bound.module is not None
             with self.runtime.modules.inside_edit():
                 out = bound.edit(bound.module, full, self.runtime.save_ctx, self.runtime.modules, bound.site(0), None)
             if out is not None:
                 engine.add_to_gradient(owner, attribute, out - full)
+        return None if bound.sink is None else staged
+
+    def finished_parameters(self) -> list[Staged]:
+        """The gradients that are met when the backward is done."""
+        found = [self._finish_parameter(bound) for bound in self._finished_parameters()]
+        self._before.clear()
+        return [staged for staged in found if staged is not None]
+
+    def end(self) -> list[Staged]:
+        """A pipeline's step is over: the gradients met in it. What they claim is settled with the values' claims."""
+        staged, self.staged = self.staged, []
+        for form, claim in self.claims.items():
+            self.runtime.outbox.claims.setdefault(form, claim)
+        self.claims, self.edited = {}, False
+        return staged
 
     def _finish(self) -> None:
         call, self.call = self.call, None
         edited, self.edited = self.edited, False
-        for bound in self._finished_parameters():
-            self._finish_parameter(bound)
-        self._before.clear()
+        finished = self.finished_parameters()
         if call is not None:
             call.snapshots.clear()
-        staged, self.staged = self.staged, []
+        staged, self.staged = [*finished, *self.staged], []
         if not self.runtime.mesh.axes:
             self.runtime.wait_for_copies()
             fast.put_all(staged)

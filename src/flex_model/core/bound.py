@@ -29,12 +29,13 @@ class Bound:
     hook_type: HookType
     name: str  # clean
     key: str | Site
-    module: nn.Module
+    module: nn.Module | None  # None: it is on another stage of a pipeline
     sink: Sink | None = None
     gradient_sink: Sink | None = None
     edit: EditCall | None = None
     wants_call: bool = False
     takes_value_only: bool = False
+    uses_context: bool = False  # the editing function gets save_ctx
     may_write: bool = False  # the editing function looks as if it wrote in place
     deliver: Deliver = "main"
     attached: bool = False

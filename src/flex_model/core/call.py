@@ -13,6 +13,7 @@ from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout
+from flex_model.layout.probe import BatchDim
 from flex_model.trees import find_leaves, first_tensor
 
 __all__ = ["ActiveCall", "Staged", "in_backward"]
@@ -40,6 +41,9 @@ class Staged:
     gradient: bool = False
     forward: int = 0  # of those since the last point
     selected: bool = False  # the hook's selection was made
+    microbatch: int = 0
+    occurrence: int = 0  # which firing of its module within a microbatch
+    batch: BatchDim | None = None  # where a step's microbatches are put together
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -51,12 +55,17 @@ class ActiveCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grad_mode: bool = False
+    place: tuple[int, int] | None = None  # (stage, microbatch) in a pipeline's step
     staged: list[Staged] = field(default_factory=list)
     claims: dict[Form, Claim] = field(default_factory=dict)
     snapshots: dict[tuple[int, int], list[Snapshot]] = field(default_factory=dict)
     edited: bool = False
     crossed: bool = False  # an edit has talked to ranks that need not run in lockstep, so that they do
     even_axes: frozenset[int] | None = None
+
+    @property
+    def microbatch(self) -> int:
+        return 0 if self.place is None else self.place[1]
 
     def describe(self) -> Call:
         """What an editing function sees of this call."""
@@ -66,7 +75,7 @@ class ActiveCall:
         cache = self.kwargs.get("past_key_values")
         length = getattr(cache, "get_seq_length", lambda: 0)()
         decoding = lead is not None and lead.dim() > 1 and lead.shape[1] == 1 and int(length) > 0
-        return Call(self.index, phase="decode" if decoding else "prefill", positions=positions)
+        return Call(self.index, self.microbatch, phase="decode" if decoding else "prefill", positions=positions)
 
     def shapes_mark(self) -> int:
         """A number that ranks share when all their input shapes are equal."""

@@ -35,7 +35,7 @@ class EditContext:
 
 
 @contextmanager
-def seeded(seed: int, site: tuple[Any, ...], call: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, site: tuple[Any, ...], call: int | tuple[int, int], device: torch.device) -> Iterator[None]:
     """Random numbers that depend on the seed, the site and the call alone; the model's own state is untouched."""
     mark = hashlib.blake2b(repr((seed, *site, call)).encode(), digest_size=7).digest()
     devices = [device] if device.type == "cuda" else []
@@ -66,7 +66,7 @@ def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Ca
 
 
 def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
-    assert bound.edit is not None
+    assert bound.edit is not None and bound.module is not None
     problem = check_expected(bound, full)
     if problem:
         raise ShapeError(problem)
@@ -79,7 +79,8 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
     site = bound.site(index)
     generator: AbstractContextManager[Any] = nullcontext()
     if bound.hook.random:
-        generator = seeded(context.seed, (bound.name, bound.hook_type, index), call.index, full.device)
+        mark = call.index if not call.microbatch else (call.index, call.microbatch)
+        generator = seeded(context.seed, (bound.name, bound.hook_type, index), mark, full.device)
     before = torch.get_rng_state() if context.check and not bound.hook.random else None
     with generator, context.modules.inside_edit():
         out = bound.edit(bound.module, value, context.save_ctx, context.modules, site, call)

@@ -42,7 +42,7 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
     bound = bounds[0]
     hook = bound.hook
     if (
-        runtime.mesh.axes
+        runtime.whole.axes
         or len(bounds) > 1
         or bound.is_gradient
         or bound.gradient_sink is not None

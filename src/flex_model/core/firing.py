@@ -113,32 +113,36 @@ def fire(runtime: Runtime, bound: Bound, leaf: Leaf, call: ActiveCall, occurrenc
             _stage(runtime, bound, plain(value.detach()), form, layout, call, bound.key_of(leaf.index, several))
         return None
     assert layout is not None
-    return _edit(runtime, bound, leaf, layout, call, capturing, several, recomputed)
+    return _edit(runtime, bound, leaf, form, layout, call, capturing, several, recomputed)
 
 
 def _stage(
     runtime: Runtime,
     bound: Bound,
     local: Tensor,
-    form: Form | None,
+    form: Form,
     layout: Layout | None,
     call: ActiveCall,
     key: Any,
 ) -> None:
     selected = False
-    if bound.selection is not None and layout is not None:
+    batch = runtime.inference.batch_of(form) if call.place is not None else None
+    if bound.selection is not None and layout is not None and call.place is None:
         if not runtime.mesh.axes and (problem := check_expected(bound, local)):
             raise ShapeError(problem)
         taken = runtime.outbox.select_on_shards(bound, local, layout)
         if taken is not None:
             (local, layout), selected = taken, True
-    runtime.stage(call, Staged(bound, key, to_host(local, runtime.keep_on(layout)), form, layout, selected=selected))
+    staged = Staged(bound, key, to_host(local, runtime.keep_on(layout)), form, layout, selected=selected)
+    staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch
+    runtime.stage(call, staged)
 
 
 def _edit(
     runtime: Runtime,
     bound: Bound,
     leaf: Leaf,
+    form: Form,
     layout: Layout,
     call: ActiveCall,
     capturing: bool,
@@ -147,13 +151,13 @@ def _edit(
 ) -> Tensor | None:
     value, key = leaf.tensor, bound.key_of(leaf.index, several)
     if capturing and not bound.attached:
-        _stage(runtime, bound, plain(value.detach()), None, layout, call, key)
+        _stage(runtime, bound, plain(value.detach()), form, layout, call, key)
     if bound.attached:
         return _attach(runtime, bound, value, layout, key, capturing, call)
     _check_lockstep(runtime, bound, layout, call)
     call.edited = True
     runtime.context.even_axes = _even_axes(runtime, layout, call)
-    description = call.describe() if bound.wants_call else Call(call.index)
+    description = call.describe() if bound.wants_call else Call(call.index, call.microbatch)
     snapshot_key = (id(bound), leaf.index)
     local = plain(value)
     state = call.recall(snapshot_key, local) if recomputed else None
@@ -190,7 +194,7 @@ def _attach(
 
 
 def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: ActiveCall) -> None:
-    if not runtime.mesh.axes or runtime.engines.lockstep or bound.hook.run == "sharded":
+    if not runtime.mesh.axes or runtime.lockstep or bound.hook.run == "sharded":
         return
     needs = [
         runtime.mesh.names[i]
@@ -198,7 +202,7 @@ def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: Active
         if runtime.mesh.axes[i].kind == "data" and (bound.axes is None or i in bound.axes)
     ]
     call.crossed = call.crossed or bool(needs)
-    if needs and not runtime.direct:
+    if needs and not runtime.direct and call.place is None:
         raise EditError(
             f"{bound.where}: the edit needs the whole batch over {needs}, but ranks do not run in lockstep here "
             f"(generate or evaluation under {runtime.engines.names}); pass axes= without {needs}, or run='sharded'."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -47,7 +47,8 @@ class FlexModel(nn.Module):
 
     Args: ``deliver``: "main", "all" or "local". ``device``: where captures are kept, None for where they are.
     ``data_reduction``: how the engine reduces gradients over data axes, "mean" or "sum". ``timeout``: of this library's
-    own collectives.
+    own collectives. ``names``: {name on this rank: the plain model's name}, of pipeline stages that are sliced so that
+    their modules are counted anew.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FlexModel(nn.Module):
         device: str | torch.device | None = "cpu",
         data_reduction: str = "mean",
         timeout: timedelta = timedelta(minutes=10),
+        names: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if deliver not in ("main", "all", "local"):
@@ -76,6 +78,7 @@ class FlexModel(nn.Module):
             device=None if device is None else torch.device(device),
             mean=data_reduction == "mean",
             timeout=timeout,
+            renamed=dict(names or {}),
         )
         check_sizes(runtime, tensor_parallel_size, pipeline_parallel_size, data_parallel_size, process_group)
         self.module = module
@@ -103,7 +106,7 @@ class FlexModel(nn.Module):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         runtime = self._runtime
         before, runtime.direct = runtime.direct, bool(runtime.bounds)
-        runtime.last_inputs = (args, kwargs) if runtime.mesh.axes else ((), {})
+        runtime.last_inputs = (args, kwargs) if runtime.whole.axes else ((), {})
         try:
             return self.module(*args, **kwargs)
         finally:
@@ -176,6 +179,7 @@ class FlexModel(nn.Module):
 
     def _register(self, hook: HookFunction, hook_type: HookType) -> RemovableHandle:
         runtime = self._runtime
+        runtime.look()
         if any(b.hook is hook for b in runtime.bounds):
             raise RegistrationError(f"{hook!r} is registered already; make another HookFunction for another place.")
         key = self._sink.key_for(hook.module_name, hook_type, hook.unpack_idx)
@@ -211,6 +215,7 @@ class FlexModel(nn.Module):
         if hook_type not in HOOK_TYPES:
             raise RegistrationError(f"hook_type={hook_type!r} is unknown; expected one of {', '.join(HOOK_TYPES)}.")
         of = "parameter" if hook_type == "tensor" else "module"
+        self._runtime.look()
         found = self._runtime.names.match(lambda n: group_constructor in n, of=of)
         hooks = [HookFunction(n, expected_shape, editing_function, unpack_idx) for n, _ in found]
         done: list[RemovableHandle] = []
@@ -275,6 +280,7 @@ class FlexModel(nn.Module):
         ``detach=False`` hands out the value with its graph, on its device. All ranks enter and leave the block.
         """
         runtime = self._runtime
+        runtime.look()
         bounds, acts = capture_bounds(
             runtime, patterns, hook_type, unpack_idx, select=select, deliver=deliver, grad=grad, detach=detach
         )
@@ -299,6 +305,7 @@ class FlexModel(nn.Module):
     ) -> Iterator[list[HookFunction]]:
         """Apply an editing function wherever the pattern matches within the block; takes HookFunction's keywords."""
         runtime = self._runtime
+        runtime.look()
         keywords = {"capture": False, **keywords}
         of = "parameter" if hook_type == "tensor" else "module"
         bounds = []
@@ -355,7 +362,7 @@ class FlexModel(nn.Module):
     @property
     def wrapped_module_names(self) -> list[str]:
         """Clean names of the wrapped model's modules."""
-        return list(self._runtime.names.modules)
+        return self._runtime.names.everywhere()
 
     @property
     def trainable_modules_names(self) -> list[str]:

@@ -38,6 +38,7 @@ def claim_layout(
     inference = runtime.inference
     layout = inference.lookup(form)
     if layout is None:
+        assert bound.module is not None
         made: Claim = inference.claim(form, value, bound.module, occurrence, bound.hook.expected_shape)
         if now:
             inference.settle({form: made})
@@ -125,7 +126,11 @@ def meet_gradient(
         bound.fired += bound.is_gradient
         if sink is not None:
             local = to_host(plain(now.detach()), runtime.keep_on(layout))
-            runtime.backward.stage(Staged(bound, key, local, _gradient_form(form), layout, True, selected=True))
+            staged = Staged(bound, key, local, _gradient_form(form), layout, True, selected=True)
+            staged.microbatch, staged.occurrence = call.microbatch, form.spot.occurrence
+            if call.place is not None:
+                staged.batch = runtime.inference.batch_of(form)
+            runtime.backward.stage(staged)
         if bound.edit is not None and bound.is_gradient:
             out = _edit_gradient(runtime, bound, index, layout, call, now, scale)
             new = new if out is None else out
@@ -138,7 +143,9 @@ def _edit_gradient(
     local = plain(grad)
     runtime.backward.edited = True
     runtime.context.even_axes = frozenset()
-    out, _ = run_edit(bound, runtime.context, local / scale if scale != 1 else local, layout, index, Call(call.index))
+    out, _ = run_edit(
+        bound, runtime.context, local / scale if scale != 1 else local, layout, index, Call(call.index, call.microbatch)
+    )
     if out is None:
         return None
     return like(out * scale if scale != 1 else out, grad)

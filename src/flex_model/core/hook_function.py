@@ -120,6 +120,7 @@ class Adapted(NamedTuple):
     call: EditCall
     wants_call: bool = False
     value_only: bool = False
+    uses_context: bool = False
 
 
 def adapt_editing_function(fn: Callable[..., Any], where: str) -> Adapted:
@@ -142,6 +143,7 @@ def adapt_editing_function(fn: Callable[..., Any], where: str) -> Adapted:
         return Adapted(
             lambda module, x, save_ctx, modules, site, call: fn(module, x, save_ctx, modules, **keywords(site, call)),
             wants_call,
+            uses_context=True,
         )
     if len(needed) == 1 or (not needed and positional):
         if not extra:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +59,8 @@ class Form(NamedTuple):
 class Inference:
     """The layouts of one model under one set of engines."""
 
-    def __init__(self, engines: Engines, mesh: ModelMesh, root: nn.Module) -> None:
-        self.engines, self.mesh, self.root = engines, mesh, root
+    def __init__(self, engines: Engines, mesh: ModelMesh, roots: Sequence[nn.Module]) -> None:
+        self.engines, self.mesh, self.roots = engines, mesh, roots
         self.known: dict[Form, Layout | LayoutError] = {}
         self._common: dict[Form, Layout | LayoutError | None] = {}  # of a place; None where its firings differ
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
@@ -69,7 +69,8 @@ class Inference:
         self._batch: dict[Key, list[BatchDim]] | None = None
         self._batch_failure = ""
         self._probed: set[tuple[Any, ...]] = set()
-        self._data = any(a.kind == "data" for a in mesh.axes)
+        self._probes = bool(engines.parts) or any(a.kind == "data" for a in mesh.axes)
+        self._batch_dims: dict[Form, BatchDim] = {}  # of a pipeline's values, whatever the grad mode
         self._kinds: dict[tuple[Any, ...], int] = {}
         self._kind = 0
         self._occurrence: Counter[tuple[str, str]] = Counter()
@@ -79,13 +80,13 @@ class Inference:
     def new_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._occurrence:
             self._occurrence.clear()
-        if self._data:
+        if self._probes:
             kind = input_kind((args, kwargs))
             self._kind = self._kinds.setdefault(kind, len(self._kinds))
 
     def lacks(self, wanted: Mapping[tuple[Any, ...], nn.Module]) -> bool:
         """Whether a wanted value (name, side, index) has never been looked for in a call of this kind."""
-        return bool(self.mesh.axes) and any((self._kind, *key) not in self._probed for key in wanted)
+        return (self._probes or bool(self.mesh.axes)) and any((self._kind, *key) not in self._probed for key in wanted)
 
     def begin(
         self,
@@ -103,7 +104,7 @@ class Inference:
         self._watched = {key[0]: m for key, m in fresh.items()}
         self._inputs = (module, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
         self._twin = self._batch = None
-        if self._data:
+        if self._probes:
             self._probe()
 
     def _probe(self) -> None:
@@ -198,7 +199,10 @@ class Inference:
             return {"twin_failure": "its first call was before the hook was there"}
         if self._twin is None:
             module, args, kwargs = self._inputs
-            inside = self.root if any(m is self.root for m in module.modules()) else module  # without its wrappers
+            roots = [m for m in module.modules() if any(m is root for root in self.roots)]
+            inside = roots[0] if roots else module  # without its wrappers
+            if roots:
+                args, kwargs = self.engines.stage_inputs(args, kwargs)
             self._twin = Twin(inside, self.engines).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
         return {
@@ -214,6 +218,18 @@ class Inference:
             return BatchDim(refusal=f"the batch could not be probed ({self._batch_failure})")
         found = self._batch.get(key)
         return found[index] if found is not None and index < len(found) else None
+
+    def batch_of(self, form: Form) -> BatchDim | None:
+        """The batch dim of a value met in a pipeline's step, where its microbatches are put together."""
+        if form.spot.side == "param":
+            return BatchDim()
+        spot = form.spot._replace(gradient=False, override=())
+        form = form._replace(spot=spot, grad_mode=True)
+        found = self._batch_dim(Key(spot.name, spot.side, spot.occurrence), spot.index)
+        if found is not None:
+            self._batch_dims[form] = found
+            self._batch_dims.setdefault(_any_firing(form), found)
+        return self._batch_dims.get(form) or self._batch_dims.get(_any_firing(form))
 
     def settle(self, claims: Mapping[Form, Claim]) -> None:
         """Agree with all ranks on the layouts claimed here. Collective."""

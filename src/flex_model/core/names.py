@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from flex_model.errors import NameNotFoundError
 
-__all__ = ["Names", "Pattern", "glob_to_regex"]
+__all__ = ["Names", "Pattern", "StageTable", "glob_to_regex"]
 
 Pattern = str | Iterable[str] | Callable[[str], bool]
 
@@ -74,51 +75,163 @@ def glob_to_regex(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(out))
 
 
-class Names:
-    """The clean names of one model, and every other spelling a user may use for them."""
+def _nowhere(_: nn.Module) -> bool:
+    return False
 
-    def __init__(self, root: nn.Module) -> None:
+
+@dataclass(frozen=True, slots=True)
+class StageTable:
+    """The names on one pipeline stage, as its ranks tell the others."""
+
+    stage: int
+    coordinate: int  # of its ranks, along the stage axis
+    modules: Mapping[str, str]  # clean name -> class
+    parameters: Mapping[str, bool]  # clean name -> requires a gradient
+
+
+class Names:
+    """The clean names of one model, and every other spelling a user may use for them.
+
+    Of a pipeline these are the names on this rank: those of ``parts``, its stages' modules, without what is ``absent``
+    (stands in for a module of another stage). ``renamed`` maps a slice's own names to the plain model's.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        parts: Mapping[int, nn.Module] | None = None,
+        absent: Callable[[nn.Module], bool] = _nowhere,
+        renamed: Mapping[str, str] | None = None,
+    ) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.parameters: dict[str, tuple[nn.Module, str]] = {}  # clean name -> (owner, attribute)
+        self.places: dict[str, dict[int, nn.Module]] = {}  # clean name -> this rank's modules of that name by stage
+        self.tables: list[StageTable] = []  # of all stages of a pipeline, in order
+        self._absent, self._renamed = absent, dict(renamed or {})
         self._holders: dict[str, nn.Parameter] = {}  # of parameters that an engine keeps elsewhere
         self._spellings: dict[str, str] = {}
         self._parameter_spellings: dict[str, str] = {}
         self._state: dict[str, str] = {}  # clean module name -> its prefix in the wrapped model's state_dict
-        self._walk(root, "", "", "")
+        self._parameters_on: dict[int, list[str]] = {}  # clean names by stage
+        for stage, part in sorted((parts or {0: root}).items()):
+            raw = "" if part is root else next(n for n, m in root.named_modules() if m is part)
+            self._walk(part, "", raw, raw, stage)
+        self._spellings.update({clean: clean for clean in self.modules})  # a plain name goes before a slice's own
 
-    def _walk(self, module: nn.Module, clean: str, raw: str, state: str) -> None:
-        self._spellings.setdefault(raw, clean)
+    def _walk(self, module: nn.Module, clean: str, raw: str, state: str, stage: int) -> None:
+        if self._absent(module):
+            return
+        clean = self._renamed.get(raw, self._renamed.get(clean, clean))
+        self._spellings[raw] = clean
         inner = _wrapped_child(module)
         if inner is not None and (child := module._modules[inner]) is not None:
             kept = "" if inner in _ABSENT_FROM_STATE else inner
-            self._walk(child, clean, _join(raw, inner), _join(state, kept))
+            self._walk(child, clean, _join(raw, inner), _join(state, kept), stage)
             return
-        self._state[clean] = state
+        self._state.setdefault(clean, state)
         self._spellings.setdefault(clean, clean)
-        self.modules[clean] = module
+        self.modules.setdefault(clean, module)
+        self.places.setdefault(clean, {})[stage] = module
         for name, value in module._parameters.items():
             if value is not None and name != "_flat_param":
-                self._add_parameter(module, name, clean, raw)
+                self._add_parameter(module, name, clean, raw, stage)
         for name, child in module._modules.items():
             if child is not None:
-                self._walk(child, _join(clean, name), _join(raw, name), _join(state, name))
+                self._walk(child, _join(clean, name), _join(raw, name), _join(state, name), stage)
 
-    def _add_parameter(self, module: nn.Module, name: str, clean: str, raw: str) -> None:
+    def _add_parameter(self, module: nn.Module, name: str, clean: str, raw: str, stage: int) -> None:
         clean_name = _join(clean, name)
-        self.parameters[clean_name] = (module, name)
+        self.parameters.setdefault(clean_name, (module, name))
+        self._parameters_on.setdefault(stage, []).append(clean_name)
         self._parameter_spellings[clean_name] = clean_name
         self._parameter_spellings[_join(raw, name)] = clean_name
 
     def add_hidden(self, parameters: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
         """Give names to parameters that their owners do not hold at the moment."""
-        owners = {id(m): n for n, m in self.modules.items()}
+        owners = {id(m): (n, stage) for n, there in self.places.items() for stage, m in there.items()}
         for owner, attribute, holder in parameters:
-            clean = owners[id(owner)]
-            self._add_parameter(owner, attribute, clean, clean)
+            clean, stage = owners[id(owner)]
+            self._add_parameter(owner, attribute, clean, clean, stage)
             self._holders[_join(clean, attribute)] = holder
 
+    # -- of other stages ---------------------------------------------------------------------------------------
+    def table(self, coordinate: int) -> list[StageTable]:
+        """What other ranks need to know of this rank's stages."""
+        stages = sorted({stage for there in self.places.values() for stage in there})
+        return [
+            StageTable(
+                stage,
+                coordinate,
+                {n: type(there[stage]).__name__ for n, there in self.places.items() if stage in there},
+                {n: self.requires_grad(n) for n in self._parameters_on.get(stage, ())},
+            )
+            for stage in stages
+        ]
+
+    def learn(self, tables: Iterable[StageTable]) -> None:
+        """The tables of all stages."""
+        self.tables = sorted(tables, key=lambda t: t.stage)
+
+    def check_collisions(self) -> None:
+        """Slices that count their layers from 0 have the same names; only the user knows the plain model's."""
+        seen: dict[str, int] = {}
+        counts: dict[str, int] = {}
+        renames: dict[str, str] = {}
+        here = {stage for there in self.places.values() for stage in there}
+        twice = ""
+        for table in self.tables:
+            for name in table.parameters:
+                if seen.setdefault(name, table.stage) != table.stage and name not in self._renamed.values():
+                    twice = twice or f"stages {seen[name]} and {table.stage} both have {name!r}"
+            lists = [n for n, kind in table.modules.items() if kind in ("ModuleList", "Sequential")]
+            for owner in lists:
+                inner = [n for n in table.modules if n.rpartition(".")[0] == owner and n.rpartition(".")[2].isdigit()]
+                if table.stage in here:
+                    renames |= {n: f"{owner}.{counts.get(owner, 0) + i}" for i, n in enumerate(inner)}
+                counts[owner] = counts.get(owner, 0) + len(inner)
+        if twice:
+            raise NameNotFoundError(
+                f"{twice}, so names do not tell which module is meant. Slice the model so that its parts keep their "
+                f"names, or give the plain model's: FlexModel(..., names={{this rank's name: plain name}}); if each "
+                f"stage goes on counting where the one before ended, names={renames} on this rank."
+            )
+
+    def everywhere(self, of: str = "module") -> list[str]:
+        """All clean names, those of other stages included, in the model's order."""
+        if not self.tables:
+            return list(self.modules if of == "module" else self.parameters)
+        return list(dict.fromkeys(n for t in self.tables for n in (t.modules if of == "module" else t.parameters)))
+
+    def holder(self, name: str, side: str) -> StageTable | None:
+        """The stage a site is on, None without a pipeline. A module that stages share, such as the model itself, gets
+        its input on the first of them and gives its output on the last."""
+        having = [t for t in self.tables if name in (t.parameters if side == "param" else t.modules)]
+        real = [t for t in having if t.modules.get(name) != "Identity"]  # else it only fills a place
+        having = real or having
+        return having[-1 if side == "out" else 0] if having else None
+
+    def module_of(self, name: str, side: str) -> nn.Module | None:
+        """The module of a site; None where it is on another stage."""
+        if not self.tables:
+            return self.parameters[name][0] if side == "param" else self.modules[name]
+        table = self.holder(name, side)
+        if table is None:
+            return None
+        if side == "param":
+            return self.parameters[name][0] if name in self._parameters_on.get(table.stage, ()) else None
+        return self.places.get(name, {}).get(table.stage)
+
+    def class_of(self, name: str) -> str:
+        """The class of a module, wherever it is."""
+        there = next((t.modules[name] for t in self.tables if name in t.modules), None)
+        return there if there is not None else type(self.modules[name]).__name__
+
+    # -- spellings ---------------------------------------------------------------------------------------------
     def requires_grad(self, name: str) -> bool:
         """Whether the parameter of this clean name will have a gradient."""
+        if name not in self.parameters:
+            return any(t.parameters.get(name, False) for t in self.tables)
         owner, attribute = self.parameters[name]
         parameter = self._holders.get(name, owner._parameters.get(attribute))
         return parameter is not None and parameter.requires_grad
@@ -149,8 +262,11 @@ class Names:
         found = spellings.get(name)
         if found is None:
             found = spellings.get(self.strip(name))
+        if found is None and self.tables:
+            known = set(self.everywhere(of))
+            found = next((n for n in (name, self.strip(name)) if n in known), None)
         if found is None:
-            raise NameNotFoundError(self._not_found(name, spellings.values(), of))
+            raise NameNotFoundError(self._not_found(name, self.everywhere(of), of))
         return found
 
     @staticmethod
@@ -174,8 +290,7 @@ class Names:
         The key is the name as the user spelled it, or the clean name where a glob or a predicate matched.
         """
         if callable(pattern):
-            table = self.modules if of == "module" else self.parameters
-            found = [(n, n) for n in table if pattern(n)]
+            found = [(n, n) for n in self.everywhere(of) if pattern(n)]
             if not found:
                 raise NameNotFoundError(f"the predicate {pattern!r} matches no {of} of the model.")
             return found
@@ -183,7 +298,7 @@ class Names:
             return [pair for single in pattern for pair in self.match(single, of=of)]
         if any(c in pattern for c in "*?["):
             regex = glob_to_regex(self.strip(pattern))
-            table = self.modules if of == "module" else self.parameters
+            table = self.everywhere(of)
             found = [(n, n) for n in table if n and regex.fullmatch(n)]
             if not found:
                 raise NameNotFoundError(self._not_found(pattern, table, of))

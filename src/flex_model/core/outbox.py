@@ -15,15 +15,16 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from flex_model.core.bound import Bound, check_expected
+from flex_model.core.bound import Bound, Sink, check_expected
 from flex_model.core.call import Staged
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form
-from flex_model.errors import DeliveryError, EditError, LayoutError
+from flex_model.errors import DeliveryError, EditError, FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.routing.collectives import all_gather_ints, all_gather_objects
 from flex_model.routing.delivery import Buffers, Item, deliver
+from flex_model.routing.hop import Hop, Parcel
 from flex_model.routing.route import gradient_scale
 
 if TYPE_CHECKING:
@@ -45,10 +46,14 @@ class Outbox:
         self.refused: list[Refused] = []
         self.forwards = 0  # since the last point
         self._buffers = Buffers()
+        self._hops: Hop | None = None
 
     def point(self, *, edited: bool = False) -> None:
         """All ranks are here: settle what was claimed, tell of failures, deliver what waits. Collective."""
         mesh = self.runtime.mesh
+        if self.runtime.whole is not mesh:
+            self._point_of_stages()
+            return
         if not mesh.axes:
             return
         data = any(a.kind == "data" for a in mesh.axes)
@@ -64,11 +69,83 @@ class Outbox:
             else:
                 self.same_on_all(rows)
         self._settle(new)
-        staged, self.waiting, self.forwards = self.waiting, [], 0
-        refused, self.refused = self.refused, []
-        items = [i for s in staged if (i := self.item(s, refused)) is not None]
+        items, refused = self._items()
         self.deliver(items)
         self.raise_refused(refused)
+
+    def _items(self) -> tuple[list[Item], list[Refused]]:
+        staged, self.waiting, self.forwards = self.waiting, [], 0
+        refused, self.refused = self.refused, []
+        return [i for s in staged if (i := self.item(s, refused)) is not None], refused
+
+    def _point_of_stages(self) -> None:
+        """``point`` of a pipeline: each stage delivers to its own ranks, then the stages to one another."""
+        mesh, whole = self.runtime.mesh, self.runtime.whole
+        everyone = self.status([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
+        axis = whole.stage_axis
+        assert axis is not None
+        rows = [row for row, c in zip(everyone, whole.coordinates(), strict=True) if c[axis] == whole.stage]
+        new = any(claims for _, claims, _ in rows)
+        if mesh.axes and len({(count, mark) for count, _, mark in rows}) > 1:
+            self._settle(new)
+            new = False
+            self._align()
+        self._settle(new)
+        items, refused = self._items()
+        parcels = self._parcels(items, refused)
+        bounds = self.runtime.bounds
+
+        def put(label: tuple[Any, ...], value: Any) -> None:
+            bound, key, gradient = bounds[label[0]], label[1], label[2]
+            if isinstance(value, LayoutError):
+                refused_everywhere.append((bound, key, value))
+            elif isinstance(value, Exception):
+                problems.append(value)
+            else:
+                self._sink(bound, gradient).put(key, self._kept(value))
+
+        refused_everywhere: list[Refused] = []
+        problems: list[Exception] = []
+        self._hop.exchange(parcels, self.runtime.device_of_values, put)
+        for problem in problems:
+            raise problem
+        self.raise_refused(refused_everywhere)
+
+    def _parcels(self, items: list[Item], refused: list[Refused]) -> list[Parcel]:
+        """What this rank has for other stages, once its own stage has delivered."""
+        index = {id(b): i for i, b in enumerate(self.runtime.bounds)}
+        parcels = [Parcel((index[id(b)], key, False), "all", error) for b, key, error in refused]
+        try:
+            here: list[tuple[Item, Any]] = []
+            for item in items:
+                item.put = lambda value, item=item: here.append((item, value))  # type: ignore[misc]
+            self.deliver(items)
+        except FlexModelError as error:  # all ranks of the stage have it
+            return [*parcels, Parcel((0, None, False), "all", error)]
+        for item, value in here:
+            bound, key, gradient = item.label
+            if item.mode == "local":
+                self._sink(bound, gradient).put(key, value)
+            else:
+                parcels.append(Parcel((index[id(bound)], key, gradient), item.mode, value))
+        return parcels
+
+    def _kept(self, value: Any) -> Any:
+        device = self.runtime.device
+        return value if not isinstance(value, Tensor) or device is None else value.to(device)
+
+    @staticmethod
+    def _sink(bound: Bound, gradient: bool) -> Sink:
+        sink = bound.gradient_sink if gradient and not bound.is_gradient else bound.sink
+        assert sink is not None
+        return sink
+
+    @property
+    def _hop(self) -> Hop:
+        whole = self.runtime.whole
+        if self._hops is None or self._hops.mesh is not whole:
+            self._hops = Hop(whole)
+        return self._hops
 
     def _settle(self, new: bool) -> None:
         claims, self.claims = self.claims, {}
@@ -81,12 +158,12 @@ class Outbox:
 
     def item(self, staged: Staged, refused: list[tuple[Bound, Any, LayoutError]]) -> Item | None:
         bound, layout = staged.bound, staged.layout
+        found = None if staged.form is None else self.runtime.inference.known.get(staged.form)
+        if isinstance(found, LayoutError):
+            refused.append((bound, staged.key, found))
+            return None
         if layout is None:
-            assert staged.form is not None
-            found = self.runtime.inference.known[staged.form]
-            if isinstance(found, LayoutError):
-                refused.append((bound, staged.key, found))
-                return None
+            assert found is not None
             layout = found
         local, finish = staged.local, None
         if bound.selection is not None and not staged.selected:
@@ -95,8 +172,7 @@ class Outbox:
                 local, layout = taken
             else:
                 finish = bound.selection.take
-        sink = bound.gradient_sink if staged.gradient and not bound.is_gradient else bound.sink
-        assert sink is not None
+        sink = self._sink(bound, staged.gradient)
         scale = (
             gradient_scale(self.runtime.mesh, layout, range(len(self.runtime.mesh.axes))) if staged.gradient else 1.0
         )
@@ -105,12 +181,10 @@ class Outbox:
         check = None if bound.selection is not None else partial(check_expected, bound)
 
         def put(full: Any) -> None:
-            sink.put(
-                key,
-                full if not isinstance(full, Tensor) or self.runtime.device is None else full.to(self.runtime.device),
-            )
+            sink.put(key, self._kept(full))
 
-        return Item(bound.where, local, layout, bound.deliver, put, scale, finish, check)
+        label = (bound, key, staged.gradient)
+        return Item(bound.where, local, layout, bound.deliver, put, scale, finish, check, label)
 
     def select_on_shards(self, bound: Bound, local: Tensor, layout: Layout) -> tuple[Tensor, Layout] | None:
         """The selection of this rank's shard and its layout; None if it can only be made from the whole."""
@@ -127,7 +201,7 @@ class Outbox:
     def status(self, places: Sequence[tuple[str, Any]], claims: int = 0) -> list[tuple[int, int, int]]:
         """One small exchange: did an edit fail? Else every rank's (number of values, new claims, mark of places)."""
         mark = crc32(repr(places).encode())
-        mesh = self.runtime.mesh
+        mesh = self.runtime.whole
         row = [len(self.failures), len(places), claims, mark]
         rows = all_gather_ints(row, mesh.world, self.runtime.device_of_values)
         if any(r[0] for r in rows):
@@ -153,7 +227,7 @@ class Outbox:
         self.failures.append(
             {
                 "where": bound.where,
-                "rank": self.runtime.mesh.rank,
+                "rank": self.runtime.whole.rank,
                 "call": call.index,
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": lines,
@@ -174,7 +248,7 @@ class Outbox:
 
     def flush(self) -> None:
         """Deliver all that still waits. Collective, also for ranks that hold less than others."""
-        self.point(edited=bool(self.failures) or not self.runtime.engines.lockstep)
+        self.point(edited=bool(self.failures) or not self.runtime.lockstep)
 
     def _align(self) -> None:
         """Ranks hold different values: they ran different numbers of forwards, or a module ran on some ranks only.

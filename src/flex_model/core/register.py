@@ -39,12 +39,10 @@ def bind(
     of = "parameter" if hook_type == "tensor" else "module"
     name = runtime.names.clean(hook.module_name, of=of)
     where = f"{name or '(the model)'} ({hook_type})"
-    if hook_type == "tensor":
-        module, _ = runtime.names.parameters[name]
-        if not runtime.names.requires_grad(name):
-            raise RegistrationError(f"{where}: the parameter does not require a gradient, so it will never have one.")
-    else:
-        module = runtime.names.modules[name]
+    side = "param" if hook_type == "tensor" else "out" if hook_type in ("forward", "full_backward_pre") else "in"
+    module = runtime.names.module_of(name, side)
+    if hook_type == "tensor" and not runtime.names.requires_grad(name):
+        raise RegistrationError(f"{where}: the parameter does not require a gradient, so it will never have one.")
     edit = None if hook.editing_function is None else adapt_editing_function(hook.editing_function, where)
     axes, override = on_mesh(hook, runtime.mesh, where)
     selection = None if hook.select is None else Selection(hook.select)
@@ -57,6 +55,7 @@ def bind(
         sink=sink,
         edit=None if edit is None else edit.call,
         wants_call=edit is not None and edit.wants_call,
+        uses_context=edit is not None and edit.uses_context,
         takes_value_only=edit is not None and edit.value_only,
         may_write=hook.editing_function is not None
         and (hook_type not in ("forward", "forward_pre") or may_write(hook.editing_function)),
@@ -125,6 +124,10 @@ def capture_bounds(
     backward = hook_type in ("full_backward", "full_backward_pre", "tensor")
     if backward and (grad or not detach):
         raise RegistrationError(f"grad=True and detach=False go with forward hook types, not with {hook_type!r}.")
+    if not detach and runtime.whole.stage_axis is not None:
+        raise RegistrationError(
+            "detach=False hands out the value's graph, and a pipeline's stages have none in common."
+        )
     if not detach and deliver != "all":
         raise RegistrationError("detach=False hands out the value on every rank; leave deliver='all'.")
     of = "parameter" if hook_type == "tensor" else "module"
@@ -133,7 +136,7 @@ def capture_bounds(
     if hook_type == "tensor":
         found = [(k, c) for k, c in found if runtime.names.requires_grad(c)] or found
     elsewhere = (
-        "" if deliver != "main" or runtime.mesh.is_main else f"deliver='main' sent it to rank {runtime.mesh.main}."
+        "" if deliver != "main" or runtime.whole.is_main else f"deliver='main' sent it to rank {runtime.whole.main}."
     )
     acts = Captured([key for key, _ in found], elsewhere)
     values, gradients = _ValueSink(acts), _GradientSink(acts)

@@ -73,7 +73,7 @@ def site_rows(runtime: Runtime) -> list[SiteRow]:
         spot = form.spot
         if spot.gradient or spot.name not in runtime.names.modules:
             continue
-        kind = type(runtime.names.modules[spot.name]).__name__
+        kind = runtime.names.class_of(spot.name)
         if isinstance(layout, LayoutError):
             row = SiteRow(spot.name, kind, spot.side, spot.index, None, "refused", str(layout))
         else:
@@ -88,9 +88,11 @@ def site_rows(runtime: Runtime) -> list[SiteRow]:
             )
         known.setdefault((spot.name, spot.side), []).append(row)
     rows = []
-    for name, module in runtime.names.modules.items():
+    for name in runtime.names.everywhere():
         for side in ("in", "out"):
-            rows += known.get((name, side)) or [SiteRow(name, type(module).__name__, side)]
+            holder = runtime.names.holder(name, side)
+            evidence = "" if holder is None else f"on stage {holder.stage}"
+            rows += known.get((name, side)) or [SiteRow(name, runtime.names.class_of(name), side, evidence=evidence)]
     return rows
 
 

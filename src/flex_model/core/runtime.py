@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -33,11 +33,13 @@ from flex_model.core.names import Names
 from flex_model.core.outbox import Outbox
 from flex_model.core.register import on_mesh
 from flex_model.core.save_ctx import SaveContext
+from flex_model.core.steps import Steps
 from flex_model.core.trainable import TrainableModules
 from flex_model.engines import Engines
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.values import sharding
+from flex_model.routing.collectives import all_gather_objects
 
 __all__ = ["Runtime"]
 
@@ -56,7 +58,9 @@ class Runtime:
         device: torch.device | None,
         mean: bool,
         timeout: timedelta,
+        renamed: Mapping[str, str],
     ) -> None:
+        self.renamed = renamed
         self.module, self.given_mesh, self.device = module, mesh, device
         self.mean, self.timeout = mean, timeout
         self.wrapper: weakref.ref[nn.Module] = weakref.ref(module)  # the FlexModel, once there is one
@@ -74,6 +78,7 @@ class Runtime:
         self.remembered: WeakValueDictionary[int, ActiveCall] = WeakValueDictionary()  # their graphs hold them
         self.outbox = Outbox(self)
         self.backward = Backward(self)
+        self.steps = Steps(self)
         self._handles: list[Any] = []
         self._entry_handles: list[Any] = []
         self._parameter_handles: list[Any] = []
@@ -82,6 +87,7 @@ class Runtime:
         self._wanted: dict[tuple[str, str, str], nn.Module] = {}  # values whose layouts hooks need
         self._mark: object = None
         self.refresh()
+        Engines.listen(self.steps)
 
     def wrapped_by(self, wrapper: nn.Module) -> None:
         """The FlexModel: an engine may be applied to it as well as to the model in it."""
@@ -96,21 +102,38 @@ class Runtime:
     # -- the model and its engines -----------------------------------------------------------------------------
     def refresh(self) -> None:
         """Look at the model anew: names, engines, mesh. Layouts found before are forgotten."""
-        self.names = Names(self.module)
+        self.engines = Engines([self.outermost, self.module, Names(self.module).root], getattr(self, "engines", None))
+        parts = {s: self.module if p is self.outermost else p for s, p in self.engines.parts.items()}
+        self.names = Names(self.module, parts=parts, absent=self.engines.absent, renamed=self.renamed)
         self.root = self.names.root
-        self.engines = Engines([self.outermost, self.module, self.root], getattr(self, "engines", None))
         self.names.add_hidden(self.engines.hidden_parameters())
-        self.mesh: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
+        self.whole: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
+        self.mesh: ModelMesh = self.whole.one_stage()  # layouts and edits are a matter of one stage's ranks
         for bound in self.bounds:
             bound.axes, bound.override = on_mesh(bound.hook, self.mesh, bound.where)
-        self.inference = Inference(self.engines, self.mesh, self.root)
+        self.inference = Inference(self.engines, self.mesh, list(self.names.places[""].values()))
         self.context = EditContext(self.mesh, self.save_ctx, self.modules, self.seed)
-        if self.mesh.axes:
+        if self.whole.axes:
             self.context.on_failure = self.outbox.note_failure
         self.keep_alive = self.engines.keep_alive
         self._mark = self._engine_mark()
         first = next(self.module.parameters(), None)
         self.device_of_values = torch.device("cpu") if first is None else torch.device(first.device.type)
+
+    def look(self) -> None:
+        """Learn of engines applied since and of other stages' names. Collective where there are any."""
+        if self._engine_mark() != self._mark:
+            self.refresh()
+        axis = self.whole.stage_axis
+        if axis is not None and not self.names.tables:
+            self.whole.prepare()
+            tables = all_gather_objects(self.names.table(self.whole.stage), self.whole.group(axis))
+            self.names.learn([t for theirs in tables for t in theirs])
+            if not self.engines.plain_names:
+                self.names.check_collisions()
+            for bound in self.bounds:
+                bound.module = self.names.module_of(bound.name, bound.side)
+            self.install()
 
     def _engine_mark(self) -> object:
         """Changes when an engine was applied, or removed, since the last look."""
@@ -119,7 +142,7 @@ class Runtime:
         first = next(self.root.parameters(), None)
         active = None if "DDP" in self.engines.names else DistributedDataParallel._get_active_ddp_module()
         sharded = getattr(first, "_spec", None) is not None
-        return active, self.engines.alive, type(self.outermost), type(self.root), sharded
+        return active, self.engines.alive, Engines.stages_made(), type(self.outermost), type(self.root), sharded
 
     # -- installing --------------------------------------------------------------------------------------------
     def uninstall(self) -> None:
@@ -138,7 +161,12 @@ class Runtime:
         for module in entries:
             self._entry_handles.append(module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True))
         by_place: dict[tuple[int, str], list[Bound]] = {}
-        self._wanted = {(b.name, b.side, repr(b.hook.unpack_idx)): b.module for b in enabled if b.side != "param"}
+        enabled = [b for b in enabled if b.module is not None]
+        self._wanted = {
+            (b.name, b.side, repr(b.hook.unpack_idx)): b.module
+            for b in enabled
+            if b.side != "param" and b.module is not None
+        }
         self._install_parameters()
         for bound in enabled:
             if bound.side != "param":
@@ -151,7 +179,7 @@ class Runtime:
 
     def _entries(self, enabled: list[Bound]) -> list[nn.Module]:
         """Modules whose call may be the outermost: the model, and the parts one or two levels down that hold hooks."""
-        found = {"": self.root}
+        found = {str(stage): part for stage, part in self.names.places[""].items()}
         for bound in enabled:
             parts = bound.name.split(".")
             for depth in (1, 2):
@@ -163,6 +191,7 @@ class Runtime:
 
     def _install_point(self, side: str, bounds: list[Bound]) -> None:
         module = bounds[0].module
+        assert module is not None
         point = Point(self, bounds[0].name, side, bounds)
         if side == "in":
             self._handles.append(module.register_forward_pre_hook(point.on_input, with_kwargs=True))
@@ -175,7 +204,7 @@ class Runtime:
             handle.remove()
         self._parameter_handles.clear()
         for bound in self.bounds:
-            if bound.enabled and bound.side == "param":
+            if bound.enabled and bound.side == "param" and bound.module is not None:
                 owner, attribute = self.names.parameters[bound.name]
                 _, site = self.engines.gradient_site(owner, attribute)
                 parameter = owner._parameters.get(attribute)
@@ -195,9 +224,11 @@ class Runtime:
         if self._engine_mark() != self._mark:
             self.refresh()
             self._install_parameters()
-        self.active = ActiveCall(module, self.calls, args, kwargs, torch.is_grad_enabled())
-        self.fast_call = None if self.mesh.axes or torch.is_inference_mode_enabled() else self.active
-        self.calls += 1
+        step = self.steps.now
+        index = self.calls if step is None else step.index
+        self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
+        self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
+        self.calls += step is None
         self.inference.new_call(args, kwargs)
         if self.inference.lacks(self._wanted):
             with self.silent():
@@ -250,9 +281,11 @@ class Runtime:
         self.inference.end()
         if self._entries_stale:
             self.install()
-        if not self.mesh.axes:
+        if not self.whole.axes:
             self.wait_for_copies()
             fast.put_all(call.staged)
+        elif call.place is not None:
+            self.steps.keep(call)
         else:
             for staged in call.staged:
                 staged.forward = self.outbox.forwards
@@ -260,7 +293,7 @@ class Runtime:
             self.outbox.waiting += call.staged
             for form, claim in call.claims.items():
                 self.outbox.claims.setdefault(form, claim)
-            if self.engines.lockstep or call.crossed:
+            if self.lockstep or call.crossed:
                 self.outbox.point(edited=call.edited or any(b.selection is not None for b in self.bounds if b.enabled))
             elif self.outbox.waiting and not self._told:
                 self._told = True
@@ -269,6 +302,11 @@ class Runtime:
             self.backward.arm_outputs(call, output)
         call.staged, call.claims = [], {}
         call.drop_inputs()
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all ranks are known to run the same forwards now."""
+        return self.steps.place is not None or self.engines.lockstep
 
     def stage(self, call: ActiveCall, staged: Staged) -> None:
         call.staged.append(staged)
@@ -280,5 +318,5 @@ class Runtime:
 
     def keep_on(self, layout: Layout | None) -> torch.device | None:
         """Where a staged value waits: on the user's device at once if nothing has to move between ranks."""
-        moves = layout is None or bool(layout.moving_axes)
-        return None if moves and self.mesh.axes else self.device
+        moves = layout is None or bool(layout.moving_axes) or self.whole is not self.mesh
+        return None if moves and self.whole.axes else self.device

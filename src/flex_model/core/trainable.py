@@ -84,16 +84,65 @@ class TrainableModules(nn.ModuleDict):
         finally:
             self._sharded = False
 
+    # -- a pipeline's step -------------------------------------------------------------------------------------
+    def set_aside(self) -> list[Tensor | None]:
+        """Take the gradients accumulated so far away: a step's own are completed by themselves."""
+        before = []
+        for parameter in self.parameters():
+            before.append(parameter.grad)
+            parameter.grad = None
+        return before
+
+    def put_back(self, before: Sequence[Tensor | None]) -> None:
+        if before:
+            for parameter, grad in zip(self.parameters(), before, strict=True):
+                parameter.grad = grad
+
+    def complete(self, mesh: ModelMesh, stage: ModelMesh, divide: int, before: Sequence[Tensor | None]) -> None:
+        """Sum the step's gradients over the stages, mean them over data axes, and add those from before. Collective."""
+        axis = mesh.stage_axis
+        assert axis is not None
+        parameters = [p for p in self.parameters() if p.requires_grad and _unreduced(p) is not None]
+        flags = torch.tensor([p.grad is not None for p in parameters], dtype=torch.long, device=_device(parameters))
+        if parameters:
+            dist.all_reduce(flags, group=mesh.group(axis))
+        used = [p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag]
+        for parameter in used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [local for p in used if (local := _unreduced(p.grad)) is not None]
+        if grads:
+            flat = _flat(grads)
+            dist.all_reduce(flat, group=mesh.group(axis))
+            _unflatten(flat / divide, grads)
+        self.mean_gradients(stage)
+        for parameter, grad in zip(self.parameters(), before, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
     def mean_gradients(self, mesh: ModelMesh) -> None:
         """Mean of the gradients over the data axes, in one message. A no-op for ranks that agree already."""
         data = [i for i, a in enumerate(mesh.axes) if a.kind == "data"]
         grads = [local for p in self.parameters() if (local := _unreduced(p.grad)) is not None]
         if not data or not grads or not mesh.mean:
             return
-        flat = torch.cat([g.detach().flatten().to(_widest(grads)) for g in grads])
+        flat = _flat(grads)
         for i in data:
             dist.all_reduce(flat, group=mesh.group(i))
             flat /= mesh.axes[i].size
+        _unflatten(flat, grads)
+
+
+def _device(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _flat(grads: Sequence[Tensor]) -> Tensor:
+    return torch.cat([g.detach().flatten().to(_widest(grads)) for g in grads])
+
+
+def _unflatten(flat: Tensor, grads: Sequence[Tensor]) -> None:
+    with torch.no_grad():
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view(grad.shape))
 

@@ -78,24 +78,22 @@ def check_sizes(
     data: int | None,
     group: dist.ProcessGroup | None,
 ) -> None:
-    found = {"tensor": 1, "data": 1}
-    for axis in runtime.mesh.axes:
+    found = {"tensor": 1, "data": 1, "stage": 1}
+    for axis in runtime.whole.axes:
         found[axis.kind] *= axis.size
     for name, given, kind in (
         ("tensor_parallel_size", tensor, "tensor"),
         ("data_parallel_size", data, "data"),
+        ("pipeline_parallel_size", pipeline, "stage"),
     ):
         if given is not None and given != found[kind]:
             engines = ", ".join(runtime.engines.names) or "none"
             raise MeshError(
                 f"{name}={given} was given, but the model has {found[kind]} "
-                f"(engines found: {engines}; {runtime.mesh}); leave it out or correct it."
+                f"(engines found: {engines}; {runtime.whole}); leave it out or correct it"
+                f"{', or make the PipelineStage before FlexModel' if kind == 'stage' else ''}."
             )
-    if pipeline is not None and pipeline != 1:
-        raise MeshError(
-            f"pipeline_parallel_size={pipeline} was given, but the model has 1; leave it out or correct it."
-        )
-    if group is not None and runtime.mesh.axes:
+    if group is not None and runtime.whole.axes:
         ranks = dist.get_process_group_ranks(group)
-        if sorted(ranks) != sorted(runtime.mesh.ranks):
-            raise MeshError(f"process_group has the ranks {ranks}, but the model is on {runtime.mesh.ranks}.")
+        if sorted(ranks) != sorted(runtime.whole.ranks):
+            raise MeshError(f"process_group has the ranks {ranks}, but the model is on {runtime.whole.ranks}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,13 +15,14 @@ from torch.distributed.tensor.placement_types import Placement
 from flex_model.engines.accelerate import AccelerateEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
-from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh
+from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_mesh
 from flex_model.engines.fsdp1 import FSDP1Engine
 from flex_model.engines.fsdp2 import FSDP2Engine
 from flex_model.engines.hf import TransformersEngine
+from flex_model.engines.pipelining import PipeliningEngine, stages_made
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
 
-__all__ = ["Engine", "Engines", "GradientSite"]
+__all__ = ["Conductor", "Engine", "Engines", "GradientSite"]
 
 # Data engines first: what they claim is theirs; DTensor takes the axes that are left.
 _KNOWN: tuple[type[Engine], ...] = (
@@ -28,6 +30,7 @@ _KNOWN: tuple[type[Engine], ...] = (
     FSDP1Engine,
     FSDP2Engine,
     TransformersEngine,
+    PipeliningEngine,
     DTensorEngine,
     AccelerateEngine,
 )
@@ -35,6 +38,8 @@ _DATA_NAMES = ("dp", "ddp", "fsdp", "hsdp", "dp_replicate", "dp_shard", "replica
 
 
 def _kind(axis_name: str) -> AxisKind:
+    if axis_name in ("pp", "stage", "pipe", "pipeline"):
+        return "stage"
     return "data" if axis_name in _DATA_NAMES else "tensor"
 
 
@@ -113,6 +118,32 @@ class Engines:
     def make_whole(self, twin: nn.Module) -> None:
         for engine in self.found:
             engine.make_whole(twin)
+
+    @property
+    def plain_names(self) -> bool:
+        return all(e.plain_names for e in self.found)
+
+    @property
+    def parts(self) -> dict[int, nn.Module]:
+        return {stage: part for e in self.found for stage, part in e.parts.items()}
+
+    def absent(self, module: nn.Module) -> bool:
+        return any(e.absent(module) for e in self.found)
+
+    def stage_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for engine in self.found:
+            args, kwargs = engine.stage_inputs(args, kwargs)
+        return args, kwargs
+
+    @staticmethod
+    def listen(conductor: Conductor) -> None:
+        for known in _KNOWN:
+            known.listen(conductor)
+
+    @staticmethod
+    def stages_made() -> int:
+        """Changes when a pipeline stage was made, around whatever module."""
+        return stages_made()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import ClassVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,7 +12,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.layout.mesh import Axis, AxisKind
 
-__all__ = ["Engine", "GradientSite", "axes_of_mesh"]
+__all__ = ["Conductor", "Engine", "GradientSite", "axes_of_mesh"]
 
 
 def axes_of_mesh(mesh: DeviceMesh, kind: AxisKind, default: str) -> list[Axis]:
@@ -37,6 +37,27 @@ class GradientSite:
     def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None) -> None:
         self.when = when  # "local" | "finished"
         self.stated = dict(stated or {})
+
+
+class Conductor(Protocol):
+    """Who is told what a pipeline's schedule does, by the engine that sees it."""
+
+    def look(self) -> None:
+        """A step is about to begin somewhere: the model may have become a stage since the last look."""
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` is a stage of the conductor's model."""
+        ...
+
+    def step(self, microbatches: int, *, divide: int, backward: bool) -> AbstractContextManager[None]:
+        """One step or eval of the schedule, on every rank. Gradients are divided by ``divide`` at its end."""
+        ...
+
+    def forward(self, stage: int, microbatch: int) -> AbstractContextManager[None]:
+        """What runs in here is the forward of one microbatch on one stage of this rank."""
+        ...
+
+    def backward(self, stage: int, microbatch: int) -> AbstractContextManager[None]: ...
 
 
 class Engine:
@@ -99,6 +120,26 @@ class Engine:
     def alone(self) -> Iterator[None]:
         """Code in here runs as if this rank were the only one: for the twin, which must not talk to others."""
         yield
+
+    # -- pipelines ---------------------------------------------------------------------------------------------
+    plain_names: ClassVar[bool] = True  # names on a stage are the plain model's
+
+    @property
+    def parts(self) -> Mapping[int, nn.Module]:
+        """The pipeline stages of this rank by number, where a schedule runs them in microbatches."""
+        return {}
+
+    def absent(self, module: nn.Module) -> bool:
+        """Whether ``module`` only stands in for one of another stage."""
+        return False
+
+    def stage_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the code of this rank's stage gets when the model is called with these inputs."""
+        return args, kwargs
+
+    @classmethod
+    def listen(cls, conductor: Conductor) -> None:
+        """Tell ``conductor`` from now on of the steps of schedules that run stages of its model."""
 
     def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(owner, attribute, what holds it) of parameters that the owner itself does not have at the moment."""

@@ -5,9 +5,11 @@ Parameters are DTensors and the data axes are FSDP2's, so this file only adds wh
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial
@@ -36,7 +38,30 @@ class TransformersEngine(Engine):
 
     @property
     def axes(self) -> list[Axis]:
-        return []  # its DTensor parameters and FSDP2 modules carry them
+        # its DTensor parameters and FSDP2 modules carry all others
+        stage = getattr(self.module, "_pp_stage", None)
+        if stage is None or stage.pp_size == 1:
+            return []
+        return [Axis("pp", "stage", tuple(dist.get_process_group_ranks(stage.pp_group)))]
+
+    def absent(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "PipelineIdentityLayer"
+
+    def stage_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Later stages get hidden states in the place of token ids."""
+        stage = getattr(self.module, "_pp_stage", None)
+        if stage is None or stage.pp_is_first_stage:
+            return args, kwargs
+        bound = inspect.signature(type(self.module).forward).bind_partial(self.module, *args, **kwargs)
+        named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        named.pop("self")
+        named.pop("kwargs", None)
+        ids = named.pop("input_ids", None)
+        if ids is not None:
+            config: Any = self.module.config
+            like = next(self.module.parameters())
+            named["inputs_embeds"] = like.new_zeros((*ids.shape[:2], config.hidden_size), device=ids.device)
+        return (), named
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
         # transformers sums these gradients itself, after they were accumulated

@@ -18,7 +18,7 @@ from flex_model.errors import MeshError
 
 __all__ = ["Axis", "AxisKind", "ModelMesh"]
 
-AxisKind = Literal["data", "tensor"]
+AxisKind = Literal["data", "tensor", "stage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +35,25 @@ class Axis:
 
 
 class ModelMesh:
-    """All ranks of one model as a grid, one dim an axis, data axes before tensor axes.
+    """All ranks of one model as a grid, one dim an axis.
 
-    Groups are the library's own, with its own timeout, made when first used; making them is collective.
+    Groups are the library's own, with its own timeout, made when first used; making them is collective. Layouts are
+    over the ranks that hold one pipeline stage: ``one_stage()`` is their mesh, which shares the groups of the whole.
     """
 
     def __init__(
-        self, axes: Sequence[Axis] = (), grid: Tensor | None = None, *, timeout: timedelta, mean: bool = True
+        self,
+        axes: Sequence[Axis] = (),
+        grid: Tensor | None = None,
+        *,
+        timeout: timedelta,
+        mean: bool = True,
+        whole: ModelMesh | None = None,
     ) -> None:
         self.axes = tuple(a for a in axes if a.size > 1)
         self.timeout = timeout
         self.mean = mean
-        self.rank = dist.get_rank() if self.axes else 0
+        self.rank = dist.get_rank() if self.axes or whole is not None else 0
         self.grid = self._grid(grid)
         where = (self.grid == self.rank).nonzero()
         if len(where) != 1:
@@ -56,13 +63,15 @@ class ModelMesh:
         self.ranks = [int(r) for r in self.grid.flatten().tolist()]
         self._coordinates = list(product(*[range(a.size) for a in self.axes]))
         self._lines: dict[int, list[list[int]]] = {}
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._whole = whole  # of which this is one stage
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = whole._groups if whole is not None else {}
+        self._channel: dist.ProcessGroup | None = None
         self._device_mesh: dict[str, DeviceMesh] = {}
 
     def _grid(self, grid: Tensor | None) -> Tensor:
         shape = [a.size for a in self.axes]
         if not self.axes:
-            return torch.zeros((), dtype=torch.long)
+            return torch.tensor(self.rank)
         if grid is None and len(self.axes) == 1:
             grid = torch.tensor(self.axes[0].ranks)
         if grid is None:
@@ -75,8 +84,33 @@ class ModelMesh:
 
     @property
     def main(self) -> int:
-        """The global rank that captures are delivered to by default: the lowest."""
-        return min(self.ranks)
+        """The global rank that captures go to by default: the lowest; of a stage, the one in line with that."""
+        if self._whole is None:
+            return min(self.ranks)
+        axis = self._whole.stage_axis
+        assert axis is not None
+        home = (self._whole.grid == self._whole.main).nonzero()[0].tolist()
+        return int(self.grid[tuple(home[:axis] + home[axis + 1 :])])
+
+    @property
+    def stage_axis(self) -> int | None:
+        """The index of the axis that pipeline stages lie along."""
+        return next((i for i, a in enumerate(self.axes) if a.kind == "stage"), None)
+
+    @property
+    def stage(self) -> int:
+        """This rank's place along the stage axis."""
+        axis = self.stage_axis
+        return 0 if axis is None else self.coordinate[axis]
+
+    def one_stage(self) -> ModelMesh:
+        """The mesh of the ranks that hold what this rank holds a part of: this mesh without its stage axis."""
+        axis = self.stage_axis
+        if axis is None:
+            return self
+        axes = [a for i, a in enumerate(self.axes) if i != axis]
+        grid = self.grid.select(axis, self.coordinate[axis])
+        return ModelMesh(axes, grid, timeout=self.timeout, mean=self.mean, whole=self)
 
     @property
     def is_main(self) -> bool:
@@ -103,9 +137,15 @@ class ModelMesh:
     # -- groups ------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
         """Make all groups now, in the same order on every rank (collective)."""
+        if self._whole is not None:
+            self._whole.prepare()
+            return
         if not self.axes or self._groups:
             return
         lines = {tuple(self.ranks): None}
+        if self.stage_axis is not None:
+            stages = [stage.flatten().tolist() for stage in self.grid.unbind(self.stage_axis)]
+            lines.update({tuple(stage): None for stage in stages if len(stage) > 1})
         for i in range(len(self.axes)):
             rows = self.grid.movedim(i, -1).reshape(-1, self.axes[i].size)
             lines.update({tuple(int(r) for r in row): None for row in rows.tolist()})
@@ -132,6 +172,19 @@ class ModelMesh:
         self.prepare()
         return self._groups[self.axes[axis].ranks]
 
+    def channel(self) -> dist.ProcessGroup:
+        """A group along the stage axis for messages in host memory, in the middle of forwards. Collective at first."""
+        axis = self.stage_axis
+        assert axis is not None
+        if self._channel is None:
+            lines = self.grid.movedim(axis, -1).reshape(-1, self.axes[axis].size).tolist()
+            for line in lines:
+                group = dist.new_group(line, timeout=self.timeout, backend="gloo", group_desc="flex_model messages")
+                if self.rank in line:
+                    self._channel = group
+        assert self._channel is not None
+        return self._channel
+
     def device_mesh(self, device_type: str) -> DeviceMesh:
         """The whole mesh as torch's DeviceMesh, over the library's own groups."""
         if device_type not in self._device_mesh:
@@ -149,6 +202,7 @@ class ModelMesh:
 
     def close(self) -> None:
         self._groups.clear()
+        self._channel = None
         self._device_mesh.clear()
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ class Item:
     scale: float = 1.0  # the full value is divided by this: gradients that an engine means over data axes
     finish: Callable[[Tensor], Tensor] | None = None  # what is left of a selection once the value is whole
     check: Callable[[tuple[int, ...]], str] | None = None  # what is wrong with the full shape
+    label: Any = None  # what it is, for whoever passes it on
     shapes: list[tuple[int, ...]] | None = None
     full: Tensor | Parts | None = None  # here, once it has arrived
 

@@ -1,0 +1,162 @@
+"""torch.distributed.pipelining: a schedule runs the stages of a rank, microbatch by microbatch.
+
+A stage knows its module, but a module knows nothing of its stage, and a schedule tells nobody when a step begins and
+ends. So the few methods in which that happens are watched, on torch's classes, once a FlexModel exists.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, ClassVar
+from weakref import WeakSet, ref
+
+import torch.distributed as dist
+from torch import nn
+
+from flex_model.engines.engine import Conductor, Engine
+from flex_model.layout.mesh import Axis
+
+__all__ = ["PipeliningEngine", "stages_made"]
+
+_FILE = "torch.distributed.pipelining.stage"
+_stages: WeakSet[Any] = WeakSet()
+_conductors: WeakSet[Any] = WeakSet()
+_made = -1  # stages seen; none are looked for before torch's file is there
+
+
+class PipeliningEngine(Engine):
+    """The module is run by a ``PipelineStage``; or it is a ``ModuleList`` of such modules, the stages of this rank."""
+
+    name: ClassVar[str] = "pipelining"
+    plain_names: ClassVar[bool] = False
+
+    def __init__(self, module: nn.Module, stages: Sequence[Any]) -> None:
+        super().__init__(module)
+        self._stages = [ref(s) for s in sorted(stages, key=lambda s: s.stage_index)]
+
+    @classmethod
+    def find(cls, module: nn.Module) -> PipeliningEngine | None:
+        if not stages_made():
+            return None
+        mine = [module, *(module.children() if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else ())]
+        # a module that was staged again, under another schedule, belongs to the stage made last
+        found = {s.stage_index: s for s in _stages if any(s.submod is m for m in mine)}
+        return cls(module, list(found.values())) if found else None
+
+    @property
+    def alive(self) -> bool:
+        return all(s() is not None for s in self._stages)
+
+    @property
+    def stages(self) -> list[Any]:
+        return [stage for s in self._stages if (stage := s()) is not None]
+
+    @property
+    def axes(self) -> list[Axis]:
+        group = self.stages[0].group
+        return [Axis("pp", "stage", tuple(dist.get_process_group_ranks(group or dist.group.WORLD)))]
+
+    @property
+    def parts(self) -> Mapping[int, nn.Module]:
+        return {s.stage_index: s.submod for s in self.stages}
+
+    @property
+    def lockstep(self) -> bool:
+        return False  # a stage's module called by hand: the others may be called later, or never
+
+    @classmethod
+    def listen(cls, conductor: Conductor) -> None:
+        _conductors.add(conductor)
+
+
+def stages_made() -> int:
+    """How many stages were made so far; the first call looks for those that are there already."""
+    global _made
+    if _FILE in sys.modules and _made < 0:
+        _made = 0
+        _watch()
+    return max(_made, 0)
+
+
+def _note(stage: Any) -> None:
+    global _made
+    _stages.add(stage)
+    _made += 1
+
+
+def _watch() -> None:
+    from torch.distributed.pipelining import schedules, stage
+
+    base = stage._PipelineStageBase
+    for there in gc.get_objects():
+        if issubclass(type(there), base):
+            _note(there)
+    _note_new(base)
+    _during(schedules.PipelineScheduleSingle, "step", _step)
+    _during(schedules.PipelineScheduleMulti, "step", _step)
+    _during(base, "forward_one_chunk", _forward)
+    _during(base, "backward_one_chunk", _backward)
+    _during(base, "backward_weight_one_chunk", _backward)
+
+
+def _note_new(base: Any) -> None:
+    init = base.__init__
+
+    @wraps(init)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        _note(self)
+
+    base.__init__ = noted
+
+
+def _during(cls: Any, method: str, context: Callable[..., Any]) -> None:
+    """Calls of the method run inside ``context(self, *args)``."""
+    inner = getattr(cls, method)
+
+    @wraps(inner)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _conductors:
+            return inner(self, *args, **kwargs)
+        with context(self, *args, **kwargs):
+            return inner(self, *args, **kwargs)
+
+    setattr(cls, method, watched)
+
+
+def _listening(stages: Sequence[Any]) -> list[Conductor]:
+    return [c for c in list(_conductors) if any(c.holds(s.submod) for s in stages)]
+
+
+@contextmanager
+def _step(schedule: Any, *_: Any, **__: Any) -> Iterator[None]:
+    stages = getattr(schedule, "_stages", None) or [schedule._stage]
+    divide = schedule._n_microbatches if schedule.scale_grads else 1
+    for conductor in list(_conductors):
+        conductor.look()  # the stages may have been made since
+    with ExitStack() as stack:
+        for conductor in _listening(stages):
+            stack.enter_context(
+                conductor.step(schedule._n_microbatches, divide=divide, backward=schedule._has_backward)
+            )
+        yield
+
+
+@contextmanager
+def _forward(stage: Any, fwd_chunk_id: int, *_: Any, **__: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for conductor in _listening([stage]):
+            stack.enter_context(conductor.forward(stage.stage_index, fwd_chunk_id))
+        yield
+
+
+@contextmanager
+def _backward(stage: Any, bwd_chunk_id: int, *_: Any, **__: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for conductor in _listening([stage]) if stage.has_backward else ():
+            stack.enter_context(conductor.backward(stage.stage_index, bwd_chunk_id))
+        yield
