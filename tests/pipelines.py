@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleLoopedBFS,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -85,6 +87,19 @@ class Pipe:
         cls = SCHEDULES[self.kind]
         stages: Any = made[0] if self.kind in SINGLE else made
         return cls(stages, self.microbatches, loss_fn=loss, scale_grads=self.scale_grads)
+
+
+class Traffic(TorchDispatchMode):
+    """How often each operation of torch.distributed ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func._schema.name.removeprefix("c10d::").rstrip("_")] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def step(schedule: Any, batch: Tensor, train: bool = True) -> Any:

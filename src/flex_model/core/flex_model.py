@@ -23,7 +23,7 @@ from flex_model.core.register import bind, capture_bounds
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
 from flex_model.core.runtime import Runtime
 from flex_model.core.sinks import OutputSink
-from flex_model.core.whole import full_batch, full_output
+from flex_model.core.whole import full_batch, full_output, full_parameter
 from flex_model.core.wrapping import check_sizes, largest_mesh, plain_keys, with_signature_of, wrapped_keys
 from flex_model.errors import RegistrationError, ShapeError
 from flex_model.routing.delivery import Deliver
@@ -348,8 +348,9 @@ class FlexModel(nn.Module):
     def get_module_parameter(self, parameter_name: str, expected_shape: tuple[int | None, ...] | None = None) -> Tensor:
         """The full parameter, detached and on the CPU, on every rank. Collective."""
         runtime = self._runtime
+        runtime.look()
         name = runtime.names.clean(parameter_name, of="parameter")
-        full = runtime.engines.full_parameter(*runtime.names.parameters[name]).cpu()
+        full = full_parameter(runtime, name).cpu()
         if expected_shape is not None:
             hook = HookFunction(name, expected_shape)
             bound = Bound(hook, "tensor", name, name, self.module)

@@ -36,6 +36,8 @@ def claim_layout(
 ) -> Layout | LayoutError | None:
     """The layout of a value; None where it will be settled at the end of the forward."""
     inference = runtime.inference
+    if call.place is not None:
+        inference.batch_of(form)  # noted while the probe's findings are at hand
     layout = inference.lookup(form)
     if layout is None:
         assert bound.module is not None

@@ -45,7 +45,8 @@ class Messages:
         if route is None:
             return
         peer, tag = route
-        values, withheld = {}, dict(saved.withheld)
+        values: dict[str, object] = {}
+        withheld = {n: reason for n, reason in saved.withheld.items() if n not in before.withheld}
         for name, value in saved.changed_since(before).items():
             reason = _reason(name, value, stage)
             if reason:

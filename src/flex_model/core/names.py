@@ -108,6 +108,7 @@ class Names:
         self.parameters: dict[str, tuple[nn.Module, str]] = {}  # clean name -> (owner, attribute)
         self.places: dict[str, dict[int, nn.Module]] = {}  # clean name -> this rank's modules of that name by stage
         self.tables: list[StageTable] = []  # of all stages of a pipeline, in order
+        self._everywhere: dict[str, dict[str, None]] = {}
         self._absent, self._renamed = absent, dict(renamed or {})
         self._holders: dict[str, nn.Parameter] = {}  # of parameters that an engine keeps elsewhere
         self._spellings: dict[str, str] = {}
@@ -172,6 +173,10 @@ class Names:
     def learn(self, tables: Iterable[StageTable]) -> None:
         """The tables of all stages."""
         self.tables = sorted(tables, key=lambda t: t.stage)
+        self._everywhere = {
+            "module": dict.fromkeys(n for t in self.tables for n in t.modules),
+            "parameter": dict.fromkeys(n for t in self.tables for n in t.parameters),
+        }
 
     def check_collisions(self) -> None:
         """Slices that count their layers from 0 have the same names; only the user knows the plain model's."""
@@ -199,9 +204,7 @@ class Names:
 
     def everywhere(self, of: str = "module") -> list[str]:
         """All clean names, those of other stages included, in the model's order."""
-        if not self.tables:
-            return list(self.modules if of == "module" else self.parameters)
-        return list(dict.fromkeys(n for t in self.tables for n in (t.modules if of == "module" else t.parameters)))
+        return list(self._everywhere.get(of) or (self.modules if of == "module" else self.parameters))
 
     def holder(self, name: str, side: str) -> StageTable | None:
         """The stage a site is on, None without a pipeline. A module that stages share, such as the model itself, gets
@@ -259,12 +262,10 @@ class Names:
     def clean(self, name: str, *, of: str = "module") -> str:
         """The clean name of ``name`` in any spelling; raises NameNotFoundError with the closest names."""
         spellings = self._spellings if of == "module" else self._parameter_spellings
-        found = spellings.get(name)
+        plain = self._everywhere.get(of, {})  # of all stages; a slice's own names come after
+        found = next((n for n in (name, self.strip(name)) if n in plain), None)
         if found is None:
-            found = spellings.get(self.strip(name))
-        if found is None and self.tables:
-            known = set(self.everywhere(of))
-            found = next((n for n in (name, self.strip(name)) if n in known), None)
+            found = spellings.get(name, spellings.get(self.strip(name)))
         if found is None:
             raise NameNotFoundError(self._not_found(name, self.everywhere(of), of))
         return found

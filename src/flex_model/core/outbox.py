@@ -106,7 +106,7 @@ class Outbox:
 
         refused_everywhere: list[Refused] = []
         problems: list[Exception] = []
-        self._hop.exchange(parcels, self.runtime.device_of_values, put)
+        self.hop.exchange(parcels, self.runtime.device_of_values, put)
         for problem in problems:
             raise problem
         self.raise_refused(refused_everywhere)
@@ -141,7 +141,7 @@ class Outbox:
         return sink
 
     @property
-    def _hop(self) -> Hop:
+    def hop(self) -> Hop:
         whole = self.runtime.whole
         if self._hops is None or self._hops.mesh is not whole:
             self._hops = Hop(whole)

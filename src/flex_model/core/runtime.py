@@ -229,6 +229,8 @@ class Runtime:
         self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
         self.calls += step is None
+        if step is not None and self.mesh.axes:
+            self.last_inputs = (args, kwargs)
         self.inference.new_call(args, kwargs)
         if self.inference.lacks(self._wanted):
             with self.silent():

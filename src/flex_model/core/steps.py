@@ -33,7 +33,7 @@ class _Step:
     divide: int
     base: Saved  # save_ctx before the step
     saved: dict[int, Saved] = field(default_factory=dict)  # by microbatch
-    told: dict[Place, Saved] = field(default_factory=dict)  # what the next stage knows
+    told: dict[Place, Saved] = field(default_factory=dict)  # what the stage before knows
     calls: dict[Place, ActiveCall] = field(default_factory=dict)
     staged: list[Staged] = field(default_factory=list)
     messages: Messages | None = None
@@ -85,11 +85,11 @@ class Steps:
         saved = step.saved.setdefault(microbatch, step.base.copy())
         if step.messages is not None:
             step.messages.receive(saved, stage=stage, source=stage - 1, microbatch=microbatch)
+            step.told[stage, microbatch] = saved.copy()
         with self._at((stage, microbatch), saved):
             yield
         if step.messages is not None:
             step.messages.send(saved, step.base, stage=stage, to=stage + 1, microbatch=microbatch)
-            step.told[stage, microbatch] = saved.copy()
 
     @contextmanager
     def backward(self, stage: int, microbatch: int) -> Iterator[None]:

@@ -10,17 +10,39 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from flex_model.core.inference import Spot
 from flex_model.errors import LayoutError
 from flex_model.layout.layout import Layout
+from flex_model.routing.hop import Parcel
 from flex_model.routing.route import Route
 from flex_model.trees import find_leaves, replace_leaves
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["full_batch", "full_output"]
+__all__ = ["from_stage", "full_batch", "full_output", "full_parameter"]
 
 
 def full_output(runtime: Runtime, output: Any) -> Any:
-    """Every tensor of a model's output, unsharded; layouts not needed so far are found from the last inputs."""
+    """The whole output on every rank, also of a pipeline that gives it on its last stage alone."""
+    runtime.look()
+    if not runtime.engines.parts:
+        return _unsharded(runtime, output)
+    last = runtime.names.tables[-1]
+    here = last.coordinate == runtime.whole.stage
+    return from_stage(runtime, last.coordinate, _unsharded(runtime, output) if here else None)
+
+
+def from_stage(runtime: Runtime, coordinate: int, value: Any) -> Any:
+    """``value`` of the ranks at one place along the stage axis, on all ranks. Collective."""
+    if runtime.whole.stage_axis is None:
+        return value
+    runtime.whole.prepare()
+    found = []
+    mine = [Parcel((), "all", value)] if coordinate == runtime.whole.stage else []
+    runtime.outbox.hop.exchange(mine, runtime.device_of_values, lambda _, v: found.append(v))
+    return found[0]
+
+
+def _unsharded(runtime: Runtime, output: Any) -> Any:
+    """Every tensor of a model's output, whole; layouts not needed so far are found from the last inputs."""
     if not runtime.mesh.axes:
         return output
     runtime.mesh.prepare()
@@ -31,9 +53,16 @@ def full_output(runtime: Runtime, output: Any) -> Any:
         args, kwargs = runtime.last_inputs
         with runtime.silent():
             inference.new_call(args, kwargs)
-            inference.begin(runtime.outermost, args, kwargs, {("", "out", "full_output"): runtime.root})
+            if runtime.engines.parts and not (args or kwargs):
+                raise LayoutError(
+                    "the output of this pipeline cannot be put together, because no hook has seen its last stage run; "
+                    "take it with fm.capture('')."
+                )
+            root = list(runtime.names.places[""].values())[-1]
+            outer = root if runtime.engines.parts else runtime.outermost
+            inference.begin(outer, args, kwargs, {("", "out", "full_output"): root})
             claims = {
-                forms[leaf.index]: inference.claim(forms[leaf.index], leaf.tensor, runtime.root, 0, None)
+                forms[leaf.index]: inference.claim(forms[leaf.index], leaf.tensor, root, 0, None)
                 for leaf in leaves
                 if inference.lookup(forms[leaf.index]) is None
             }
@@ -47,6 +76,17 @@ def full_output(runtime: Runtime, output: Any) -> Any:
         local = leaf.tensor.to_local() if isinstance(leaf.tensor, DTensor) else leaf.tensor
         new[leaf.index] = Route(runtime.mesh, layout, local).unshard(local)
     return replace_leaves(output, new)
+
+
+def full_parameter(runtime: Runtime, name: str) -> Tensor:
+    """A full parameter on every rank, whichever stage has it. Collective."""
+    holder = runtime.names.holder(name, "param")
+    if holder is None:
+        return runtime.engines.full_parameter(*runtime.names.parameters[name])
+    here = runtime.names.module_of(name, "param") is not None
+    full = runtime.engines.full_parameter(*runtime.names.parameters[name]) if here else None
+    found: Tensor = from_stage(runtime, holder.coordinate, full)
+    return found
 
 
 def full_batch(runtime: Runtime, batch: Any) -> Any:

@@ -122,6 +122,7 @@ class Engine:
         yield
 
     # -- pipelines ---------------------------------------------------------------------------------------------
+    no_backward: ClassVar[str] = ""  # why nothing goes backward through this engine's pipeline
     plain_names: ClassVar[bool] = True  # names on a stage are the plain model's
 
     @property

@@ -40,7 +40,7 @@ class _Bill:
 
     label: tuple[Any, ...]
     mode: str
-    frame: Any  # the value with empty tensors in it
+    frame: Any  # the value with empty tensors in it; None for a tensor alone
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -130,6 +130,8 @@ class Hop:
 def _bill(parcel: Parcel) -> _Bill:
     if isinstance(parcel.value, Exception):
         return _Bill(parcel.label, parcel.mode, parcel.value, (), ())
+    if isinstance(parcel.value, Tensor):
+        return _Bill(parcel.label, parcel.mode, None, (tuple(parcel.value.shape),), (parcel.value.dtype,))
     found = tensors(parcel.value)
     frame = replace_leaves(parcel.value, {i: torch.empty(0) for i in range(len(found))})
     return _Bill(parcel.label, parcel.mode, frame, tuple(tuple(t.shape) for t in found), tuple(t.dtype for t in found))
@@ -141,7 +143,8 @@ def _built(bills: Sequence[_Bill], data: Sequence[Tensor]) -> list[Any]:
         parts = [
             from_bytes(next(rest), shape, dtype).clone() for shape, dtype in zip(bill.shapes, bill.dtypes, strict=True)
         ]
-        values.append(replace_leaves(bill.frame, dict(enumerate(parts))) if parts else bill.frame)
+        alone = bill.frame is None and len(parts) == 1
+        values.append(parts[0] if alone else replace_leaves(bill.frame, dict(enumerate(parts))))
     return values
 
 
