@@ -221,10 +221,10 @@ class Runtime:
             return
         if self.backward.call is not None:  # a backward that failed
             self.backward.forget()
-        if self._engine_mark() != self._mark:
+        step = self.steps.now
+        if step is None and self._engine_mark() != self._mark:
             self.refresh()
             self._install_parameters()
-        step = self.steps.now
         index = self.calls if step is None else step.index
         self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
