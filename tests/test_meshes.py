@@ -61,7 +61,18 @@ class Laid:
                 return nn.parallel.DistributedDataParallel(part, **(keywords or {"process_group": group}))
             return part
 
-        self.pipe = Pipe(plain, schedule, microbatches=2, group=self.mesh["pp"].get_group(), prepare=prepare)
+        # DDP over TP takes sharded weights out of parameters(), where torch's scale_grads looks for them: it leaves
+        # their gradients undivided, with or without hooks. So there nothing is divided.
+        self.divided = kind != "pp_ddp_tp"
+        self.times = 1 if self.divided else 2
+        self.pipe = Pipe(
+            plain,
+            schedule,
+            microbatches=2,
+            scale_grads=self.divided,
+            group=self.mesh["pp"].get_group(),
+            prepare=prepare,
+        )
 
 
 def full(grad: Tensor) -> Tensor:
@@ -72,7 +83,7 @@ def _every_module(kind: str, schedule: str) -> Count:
     plain, count = models.net(layers=LAYERS), Count()
     laid = Laid(kind, plain, schedule)
     run, fm = laid.pipe.schedule(), FlexModel(laid.pipe.module)
-    want = plain_hooks(plain, lambda m: loss(m(tokens())))
+    want = plain_hooks(plain, lambda m: loss(m(tokens())) * laid.times)
     parameters = dict(fm.named_parameters())
     with ExitStack() as stack:
         acts = {t: stack.enter_context(fm.capture("", "**", hook_type=t, unpack_idx="all")) for t in parity.TYPES}

@@ -39,6 +39,9 @@ def bind(
     of = "parameter" if hook_type == "tensor" else "module"
     name = runtime.names.clean(hook.module_name, of=of)
     where = f"{name or '(the model)'} ({hook_type})"
+    backward = hook_type not in ("forward", "forward_pre")
+    if backward and runtime.whole.stage_axis is not None and runtime.engines.no_backward:
+        raise RegistrationError(f"{where}: there will be no gradient: {runtime.engines.no_backward}.")
     side = "param" if hook_type == "tensor" else "out" if hook_type in ("forward", "full_backward_pre") else "in"
     module = runtime.names.module_of(name, side)
     if hook_type == "tensor" and not runtime.names.requires_grad(name):
@@ -128,6 +131,8 @@ def capture_bounds(
         raise RegistrationError(
             "detach=False hands out the value's graph, and a pipeline's stages have none in common."
         )
+    if grad and runtime.whole.stage_axis is not None and runtime.engines.no_backward:
+        raise RegistrationError(f"grad=True: there will be no gradient: {runtime.engines.no_backward}.")
     if not detach and deliver != "all":
         raise RegistrationError("detach=False hands out the value on every rank; leave deliver='all'.")
     of = "parameter" if hook_type == "tensor" else "module"

@@ -103,11 +103,12 @@ class Runtime:
     def refresh(self) -> None:
         """Look at the model anew: names, engines, mesh. Layouts found before are forgotten."""
         self.engines = Engines([self.outermost, self.module, Names(self.module).root], getattr(self, "engines", None))
+        self.whole: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
         parts = {s: self.module if p is self.outermost else p for s, p in self.engines.parts.items()}
+        parts = parts or {self.whole.stage: self.module}
         self.names = Names(self.module, parts=parts, absent=self.engines.absent, renamed=self.renamed)
         self.root = self.names.root
         self.names.add_hidden(self.engines.hidden_parameters())
-        self.whole: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
         self.mesh: ModelMesh = self.whole.one_stage()  # layouts and edits are a matter of one stage's ranks
         for bound in self.bounds:
             bound.axes, bound.override = on_mesh(bound.hook, self.mesh, bound.where)

@@ -120,6 +120,10 @@ class Engines:
             engine.make_whole(twin)
 
     @property
+    def no_backward(self) -> str:
+        return next((e.no_backward for e in self.found if e.no_backward), "")
+
+    @property
     def plain_names(self) -> bool:
         return all(e.plain_names for e in self.found)
 
