@@ -19,7 +19,13 @@ from flex_model.errors import EditError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.one_rank import OneRankRoute, tie, use_parameters
-from flex_model.routing.route import Route, gradient_scale, scale_gradient
+from flex_model.routing.route import (
+    Route,
+    gradient_scale,
+    scale_gradient,
+    with_part_of_gradient,
+    with_whole_gradient,
+)
 
 __all__ = ["EditContext", "check_answer", "refuse_write", "run_edit", "seeded"]
 
@@ -51,7 +57,11 @@ def run_edit(
     run = {"every_rank": _every_rank, "one_rank": _one_rank, "sharded": _sharded}[bound.hook.run]
     if not context.mesh.axes and bound.hook.run != "sharded":
         run = _every_rank
-    return run(bound, context, local, layout, index, call)
+    if not layout.late:
+        return run(bound, context, local, layout, index, call)
+    mesh = context.mesh
+    out, whole = run(bound, context, with_part_of_gradient(local, mesh, layout), layout, index, call)
+    return (None if out is None else with_whole_gradient(out, mesh, layout)), whole
 
 
 def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:

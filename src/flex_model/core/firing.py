@@ -20,7 +20,7 @@ from flex_model.layout.layout import Layout
 from flex_model.routing.collectives import all_gather_ints
 from flex_model.routing.delivery import to_host
 from flex_model.routing.one_rank import tie
-from flex_model.routing.route import Route
+from flex_model.routing.route import Route, with_part_of_gradient, with_whole_gradient
 from flex_model.trees import Leaf, find_leaves, input_leaves, replace_leaves, resolve_index
 
 if TYPE_CHECKING:
@@ -186,8 +186,8 @@ def _attach(
     else:
         runtime.mesh.prepare()
         route = Route(runtime.mesh, layout, local, even_axes=_even_axes(runtime, layout, call))
-        full = route.unshard(local).clone()
-        back = route.reshard(full.clone())
+        full = route.unshard(with_part_of_gradient(local, runtime.mesh, layout)).clone()
+        back = with_whole_gradient(route.reshard(full.clone()), runtime.mesh, layout)
     if capturing and bound.sink is not None:
         bound.sink.put(key, full if bound.selection is None else bound.selection.take(full))
     return like(back, value)

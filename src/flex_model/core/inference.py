@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +168,7 @@ class Inference:
             stated=stated,
             batch=self._batch_dim(key, spot.index),
             expected_shape=expected,
+            late=self._on_axes(self.engines.late_gradients(module, spot.side, spot.index)),
             order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
             **self._twin_shapes(key, spot.index, stated),
         )
@@ -190,6 +191,10 @@ class Inference:
         mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
         ruled = self.engines.placements(module, spot.side, spot.index, dims)
         return {mine[line]: (_positive(p, dims), "the engine's rule") for line, p in ruled.items() if line in mine}
+
+    def _on_axes(self, lines: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+        mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
+        return tuple(mine[line] for line in lines if line in mine)
 
     def _twin_shapes(self, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
         undecided = [i for i, a in enumerate(self.mesh.axes) if a.kind == "tensor" and i not in stated]
@@ -255,6 +260,8 @@ class Inference:
                 placements[axis] = Partial("avg" if self.mesh.mean else "sum")
             elif isinstance(placement, Partial):
                 placements[axis] = Replicate()
+        for axis in forward.late:
+            placements[axis] = Partial("sum")
         for axis, (placement, _) in self.stated(grad).items() if isinstance(grad, DTensor) else ():
             placements[axis] = placement
         return Layout(tuple(placements), forward.evidence, forward.shape, forward.ragged, forward.proven)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -74,6 +74,12 @@ class Engine:
         """The engine, if it is at work on ``module``."""
         return None
 
+    @classmethod
+    def wrapped(cls, module: nn.Module) -> str | None:
+        """The attribute that holds the wrapped model, if ``module`` is a wrapper of this engine's, with no trace in
+        the keys of state_dict."""
+        return None
+
     @property
     def axes(self) -> list[Axis]:
         """The mesh axes this engine spreads the model over."""
@@ -104,6 +110,11 @@ class Engine:
         {ranks along an axis: placement}. Axes left out are found by other evidence."""
         return {}
 
+    def late_gradients(self, module: nn.Module, side: str, index: int) -> Iterable[tuple[int, ...]]:
+        """Axes (the ranks along each) that a tensor of a module's input or output is the same along, while each rank
+        meets a part of its gradient only: this engine sums what becomes of it later."""
+        return ()
+
     def plain_class(self, module: nn.Module) -> type | None:
         """The class a module had before this engine swapped it; None where it did not."""
         return None
@@ -111,6 +122,10 @@ class Engine:
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The global shape of a parameter that does not tell itself; None: not mine."""
         return None
+
+    def stand_ins(self) -> Mapping[int, object]:
+        """{id of an object that a copy of the model must not share or copy: what takes its place there}"""
+        return {}
 
     def make_whole(self, twin: nn.Module) -> None:
         """``twin`` is a copy of the model on the meta device, with parameters of global shapes and without process

@@ -105,6 +105,8 @@ class Wholeness(Protocol):
 
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None: ...
 
+    def stand_ins(self) -> dict[int, object]: ...
+
     def make_whole(self, twin: nn.Module) -> None: ...
 
     def alone(self) -> AbstractContextManager[None]: ...
@@ -130,6 +132,7 @@ def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
         plain = engines.plain_class(module)
         if plain is not None:
             object.__setattr__(module, "__class__", plain)
+    memo.update(engines.stand_ins())
     for tensor in (*model.parameters(), *model.buffers()):
         is_parameter = isinstance(tensor, nn.Parameter)
         if not is_parameter and not tensor.is_floating_point():
