@@ -10,9 +10,11 @@ import parity
 import pytest
 import torch
 from megatron_cpu import Spread
-from oracle import Count
+from oracle import Count, relative_error
 from torch import Tensor, nn
 from worlds import run_world
+
+from flex_model import FlexModel, HookFunction
 
 pytest.importorskip("megatron.core")
 
@@ -79,6 +81,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sp": ({"sequence_parallel": True}, {}),
     "tp plain bias learned tied": (PLAIN_MLP, {**LEARNED, **TIED}),
     "sp plain bias learned": ({**PLAIN_MLP, "sequence_parallel": True}, LEARNED),
+    "tp gated bias": ({"add_bias_linear": True}, {}),
     "sp gated bias tied": ({"sequence_parallel": True, "add_bias_linear": True}, TIED),
     "tp one key": ({"num_query_groups": 1}, {}),
     "tp all keys, qk norm": ({"num_query_groups": 4, "qk_layernorm": True}, {}),
@@ -88,14 +91,27 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def _parity(which: str, tp: int) -> Count:
+def wrapped(model: nn.Module, data: str) -> nn.Module:
+    """Under one of the ways to reduce gradients over data ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    if data == "torch DDP":
+        return nn.parallel.DistributedDataParallel(model, process_group=parallel_state.get_data_parallel_group())
+    if data == "Megatron DDP":
+        settings = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=1000)
+        return DistributedDataParallel(model.config, settings, model)  # type: ignore[no-any-return]
+    return model
+
+
+def _parity(which: str, tp: int, data: str = "none") -> Count:
     spread = Spread(tp=tp)
     changes, model = MODELS[which]
     sharded, plain = pair(spread, changes, model)
     full = tokens()
     mine = spread.mine(full)
     return parity.compare(
-        sharded,
+        wrapped(sharded, data),
         plain,
         lambda m: loss(m(mine, positions(mine), None)),
         alone(spread, lambda m: loss(m(full, positions(full), None))),
@@ -106,5 +122,57 @@ def _parity(which: str, tp: int) -> Count:
 def test_every_module(which: str) -> None:
     for count in run_world(2, _parity, which, 2):
         print(f"Megatron-core {which}: {count}")
-        print(count.wrong, count.refused)
         assert not count.wrong and not count.refused
+
+
+DATA = ("none", "torch DDP", "Megatron DDP")
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(("ranks", "which"), [(2, "tp"), (4, "tp"), (4, "sp")])
+def test_every_module_over_data_ranks(ranks: int, which: str, data: str) -> None:
+    for count in run_world(ranks, _parity, which, ranks // 2, data):
+        print(f"Megatron-core {which}={ranks // 2} dp=2, {data}: {count}")
+        assert not count.wrong and not count.refused
+
+
+# -- parameters ------------------------------------------------------------------------------------------------
+def _parameters(which: str, tp: int, data: str = "none") -> tuple[int, list[str]]:
+    """The full parameter, and its full gradient at two backwards."""
+    spread = Spread(tp=tp)
+    changes, model = MODELS[which]
+    sharded, plain = pair(spread, changes, model)
+    want: dict[str, list[Tensor]] = {n: [] for n, _ in plain.named_parameters()}
+    output: dict[str, list[Tensor]] = {}
+    fm = FlexModel(wrapped(sharded, data), output, deliver="all")
+    bad = []
+    for name, parameter in plain.named_parameters():
+        parameter.register_hook(lambda g, name=name: want[name].append(g.clone()))
+        fm.register_hook(HookFunction(name))
+        if not torch.equal(fm.get_module_parameter(name), parameter):
+            bad.append(f"{name}: another parameter")
+    for step in range(2):
+        full = (tokens() + step) % 64
+        mine = spread.mine(full)
+        with spread.alone():
+            loss(plain(full, positions(full), None)).backward()
+        loss(fm(mine, positions(mine), None)).backward()
+    for name, expected in want.items():
+        got = output.get(name, [])
+        if len(got) != 2 or max(relative_error(g, w) for g, w in zip(got, expected, strict=True)) > 1e-5:
+            bad.append(f"{name}: another gradient")
+    return len(want), bad
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_parameters(which: str) -> None:
+    for tried, bad in run_world(2, _parameters, which, 2):
+        print(f"Megatron-core parameters, {which}: {tried - len(bad)} exact of {tried}")
+        assert not bad
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_parameters_over_data_ranks(data: str) -> None:
+    for tried, bad in run_world(4, _parameters, "sp gated bias tied", 2, data):
+        print(f"Megatron-core parameters, sp=2 dp=2, {data}: {tried - len(bad)} exact of {tried}")
+        assert not bad

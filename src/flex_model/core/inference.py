@@ -170,7 +170,7 @@ class Inference:
             expected_shape=expected,
             late=self._on_axes(self.engines.late_gradients(module, spot.side, spot.index)),
             order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
-            **self._twin_shapes(key, spot.index, stated),
+            **self._twin_shapes(module, key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
         return claim(plain, evidence, self.mesh)
@@ -196,20 +196,24 @@ class Inference:
         mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
         return tuple(mine[line] for line in lines if line in mine)
 
-    def _twin_shapes(self, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
+    def _twin_shapes(self, module: nn.Module, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
         undecided = [i for i, a in enumerate(self.mesh.axes) if a.kind == "tensor" and i not in stated]
         if not undecided:
             return {}
+        if doubt := self.engines.doubt(module):
+            return {"twin_failure": doubt}
         if self._inputs is None:
             return {"twin_failure": "its first call was before the hook was there"}
         if self._twin is None:
-            module, args, kwargs = self._inputs
-            roots = [m for m in module.modules() if any(m is root for root in self.roots)]
-            inside = roots[0] if roots else module  # without its wrappers
+            called, args, kwargs = self._inputs
+            roots = [m for m in called.modules() if any(m is root for root in self.roots)]
+            inside = roots[0] if roots else called  # without its wrappers
             if roots:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
             self._twin = Twin(inside, self.engines).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
+        if once is None or twice is None:
+            once = twice = None
         return {
             "twin": once[index] if once is not None and index < len(once) else None,
             "twin_twice": twice[index] if twice is not None and index < len(twice) else None,

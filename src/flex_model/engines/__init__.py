@@ -119,6 +119,9 @@ class Engines:
             merged.update(engine.placements(module, side, index, dims))
         return merged
 
+    def doubt(self, module: nn.Module) -> str:
+        return next((word for e in self.found if (word := e.doubt(module))), "")
+
     def late_gradients(self, module: nn.Module, side: str, index: int) -> list[tuple[int, ...]]:
         return [line for e in self.found for line in e.late_gradients(module, side, index)]
 

@@ -110,6 +110,10 @@ class Engine:
         {ranks along an axis: placement}. Axes left out are found by other evidence."""
         return {}
 
+    def doubt(self, module: nn.Module) -> str:
+        """Why a copy of this module with whole parameters need not have whole values; "" where it has."""
+        return ""
+
     def late_gradients(self, module: nn.Module, side: str, index: int) -> Iterable[tuple[int, ...]]:
         """Axes (the ranks along each) that a tensor of a module's input or output is the same along, while each rank
         meets a part of its gradient only: this engine sums what becomes of it later."""

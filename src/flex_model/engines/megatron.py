@@ -153,6 +153,11 @@ class MegatronEngine(Engine):
             return f"dim {dim} has the size of a fused projection beside it, so its blocks may be interleaved"
         return None
 
+    def doubt(self, module: nn.Module) -> str:
+        if kind(module) is None and any(id(p) in self._shares for p in module.parameters(recurse=False)):
+            return f"{type(module).__name__} has parameters that Megatron marks as sharded, and is none of its layers"
+        return ""
+
     def late_gradients(self, module: nn.Module, side: str, index: int) -> list[tuple[int, ...]]:
         if (side, index) not in self._shared_keys.get(id(module), ()) and not meets_parts(module, side, index):
             return []

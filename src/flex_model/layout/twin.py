@@ -168,14 +168,16 @@ class Twin:
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
         """``names`` are the watched modules of the real model by clean name."""
         out = TwinShapes()
-        try:
-            out.once = self._run(args, kwargs, names, 1)
-            out.twice = self._run(args, kwargs, names, 2)
-        except Exception as error:
-            out.failure = f"{type(error).__name__}: {str(error)[:200]}"
+        for times, into in ((1, out.once), (2, out.twice)):
+            try:
+                self._run(args, kwargs, names, times, into)
+            except Exception as error:  # what was met before is no less true
+                out.failure = out.failure or f"{type(error).__name__}: {str(error)[:200]}"
         return out
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int) -> Shapes:
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int, into: Shapes
+    ) -> None:
         with _stripped(self._model, self._engines) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
@@ -186,19 +188,18 @@ class Twin:
             tensor = tensor.detach()
             return tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
 
-        def shapes(_: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
-            return [tuple(t.shape) for t in found]
+        def note(key: Key, found: list[Tensor]) -> None:
+            into[key] = [tuple(t.shape) for t in found]
 
         args, kwargs = copy_tree(double_batch((args, kwargs)) if times == 2 else (args, kwargs), convert)
         with (
             torch.no_grad(),
             self._engines.alone(),
             _nonzero_is_full(),
-            recorded(watched, shapes) as seen,
+            recorded(watched, note),
             _IntegersAreReal(),
         ):
             twin(*args, **kwargs)
-        return seen
 
 
 @contextmanager
