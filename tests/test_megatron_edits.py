@@ -46,9 +46,9 @@ FEW = (0, 3, 5, 8, 13)
 
 def mix(x: Tensor) -> Tensor:
     """Over the features, the heads or the batch, and the sequence."""
-    over = x - x.mean(-1, keepdim=True) - 0.5 * x.flip(0)
+    over = x - x.mean(-1, keepdim=True) - 0.4 * x.flip(0)
     if x.dim() > 2:
-        over = over - 0.5 * x.mean(1, keepdim=True) - 0.3 * x.mean(2, keepdim=True)
+        over = over - 0.2 * x.mean(1, keepdim=True) - 0.3 * x.mean(2, keepdim=True)
     return torch.tanh(over) * 1.5
 
 
