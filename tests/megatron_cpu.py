@@ -38,17 +38,27 @@ class _SequenceParallelNorm:
         return norm
 
 
+class _NoStream:
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 def patch() -> None:
     """Once a process."""
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.torch_norm as torch_norm
 
     if torch_norm.WrappedTorchNorm.__new__ is _SequenceParallelNorm.__new__:
         return
     torch_norm.WrappedTorchNorm.__new__ = _SequenceParallelNorm.__new__  # type: ignore[method-assign]
     random.CudaRNGStatesTracker.fork = lambda self, *a, **k: contextlib.nullcontext()  # type: ignore[assignment]
+    moe_utils.te_general_gemm = None  # it is asked for where there is no transformer_engine  # type: ignore[attr-defined]
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
-    torch.cuda.current_stream = lambda *a: contextlib.nullcontext()  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = lambda *a: _NoStream()  # type: ignore[assignment, return-value]
+    torch.cuda.stream = lambda *a: contextlib.nullcontext()  # type: ignore[assignment]
     _ToCPU().__enter__()
 
 

@@ -168,6 +168,9 @@ class Inference:
             stated=stated,
             batch=self._batch_dim(key, spot.index),
             expected_shape=expected,
+            unknown=""
+            if len(spot.override) == len(self.mesh.axes)
+            else self.engines.unknown(module, spot.side, spot.index),
             late=self._on_axes(self.engines.late_gradients(module, spot.side, spot.index)),
             order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
             **self._twin_shapes(module, key, spot.index, stated),

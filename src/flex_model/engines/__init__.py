@@ -119,6 +119,9 @@ class Engines:
             merged.update(engine.placements(module, side, index, dims))
         return merged
 
+    def unknown(self, module: nn.Module, side: str, index: int) -> str:
+        return next((word for e in self.found if (word := e.unknown(module, side, index))), "")
+
     def doubt(self, module: nn.Module) -> str:
         return next((word for e in self.found if (word := e.doubt(module))), "")
 
@@ -181,7 +184,8 @@ class Engines:
         if finished is not None:
             return finished
         stated = {kind: p for _, s in sites for kind, p in s.stated.items()}
-        return None, GradientSite("local", stated)
+        refusal = next((s.refusal for _, s in sites if s.refusal), "")
+        return None, GradientSite("local", stated, refusal=refusal)
 
     def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor:
         for engine in self.found:

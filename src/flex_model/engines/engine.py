@@ -31,12 +31,14 @@ def axes_of_mesh(mesh: DeviceMesh, kind: AxisKind, default: str) -> list[Axis]:
 class GradientSite:
     """How the gradient of one parameter is met: locally in the middle of the backward, or whole when it is done.
 
-    ``stated``: placements of the local gradient by axis kind, where the engine knows them.
+    ``stated``: placements of the local gradient by axis kind, where the engine knows them. ``refusal``: why there is
+    no full gradient.
     """
 
-    def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None) -> None:
+    def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None, *, refusal: str = "") -> None:
         self.when = when  # "local" | "finished"
         self.stated = dict(stated or {})
+        self.refusal = refusal
 
 
 class Conductor(Protocol):
@@ -109,6 +111,10 @@ class Engine:
         """What this engine's rules say of tensor ``index`` (of ``dims`` dims) of a module's input or output:
         {ranks along an axis: placement}. Axes left out are found by other evidence."""
         return {}
+
+    def unknown(self, module: nn.Module, side: str, index: int) -> str:
+        """Why a tensor of a module's input or output has no whole, whatever other evidence says; "" where it may."""
+        return ""
 
     def doubt(self, module: nn.Module) -> str:
         """Why a copy of this module with whole parameters need not have whole values; "" where it has."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import Placement
 from flex_model.engines import megatron_twin
 from flex_model.engines.engine import Engine, GradientSite
 from flex_model.engines.fused import fused_beside
+from flex_model.engines.megatron_experts import Mixtures, inside_experts
 from flex_model.engines.megatron_layers import (
     Share,
     is_a,
@@ -28,7 +29,7 @@ from flex_model.engines.megatron_layers import (
     sums_later,
     tensor_group,
 )
-from flex_model.errors import MeshError
+from flex_model.errors import LayoutError, MeshError
 from flex_model.layout.layout import merge_parts
 from flex_model.layout.mesh import Axis, AxisKind
 from flex_model.routing.collectives import all_gather_parts
@@ -70,7 +71,9 @@ class MegatronEngine(Engine):
     @cached_property
     def _tensor_group(self) -> Any:
         """The group of the model's own layers; a model without any lies as parallel_state says."""
-        own = [group for m in self.module.modules() if (group := tensor_group(m)) is not None]
+        experts = {id(m) for m in inside_experts(self.module)}
+        groups = {id(m): tensor_group(m) for m in self.module.modules() if id(m) not in experts}
+        own = [group for group in groups.values() if group is not None]
         for group in own:
             if sorted(dist.get_process_group_ranks(group)) != sorted(dist.get_process_group_ranks(own[0])):
                 raise MeshError("the model's layers are spread over different tensor-parallel groups.")
@@ -107,7 +110,7 @@ class MegatronEngine(Engine):
             id(p): share
             for m in self.module.modules()
             for name, p in m.named_parameters(recurse=False)
-            if (share := share_of(self.module, m, name, p, self._tensor_group)) is not None
+            if (share := share_of(m, name, p, self._tensor_group)) is not None
         }
 
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
@@ -117,9 +120,10 @@ class MegatronEngine(Engine):
     def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor | None:
         parameter = owner._parameters[attribute]
         share = self._shares.get(id(parameter))
+        if problem := self._no_whole(owner, share):
+            raise LayoutError(f"the full parameter {attribute!r} of {type(owner).__name__} is unknown: {problem}.")
         if parameter is None or share is None:
             return None
-        share.check(attribute)
         local = parameter.detach()
         parts = all_gather_parts(local, [tuple(local.shape)] * share.ranks, share.group)
         return merge_parts(parts, share.placement)
@@ -128,14 +132,23 @@ class MegatronEngine(Engine):
         parameter = owner._parameters[attribute]
         share = self._shares.get(id(parameter))
         stated: dict[AxisKind, Placement] = {"data": Partial("avg")}
+        if problem := self._no_whole(owner, share):
+            return GradientSite("local", refusal=problem)
         if share is not None:
-            share.check(attribute)
             stated["tensor"] = share.placement
+        elif self._mixtures.own_tokens(owner):
+            stated["tensor"] = Partial("sum")
         elif parameter is not None and (how := sums_later(parameter)) is not None:
             stated["tensor"] = Partial(how)  # until finalize_model_grads
         elif id(owner) in self._head_norms:
             stated["tensor"] = Partial("sum")
         return GradientSite("local", stated)
+
+    def _no_whole(self, owner: nn.Module, share: Share | None) -> str:
+        """Why a parameter has no whole, or none that is known; "" where it has."""
+        if self._mixtures.spread(owner):
+            return "other ranks have other experts by this name"
+        return "" if share is None else share.unknown
 
     def keep_alive(self) -> bool:
         # Buckets that are reduced during the backward wait for every parameter in them.
@@ -153,13 +166,26 @@ class MegatronEngine(Engine):
             return f"dim {dim} has the size of a fused projection beside it, so its blocks may be interleaved"
         return None
 
+    @cached_property
+    def _mixtures(self) -> Mixtures:
+        ranks = {axis.kind: axis.ranks for axis in self.axes}
+        here = (dist.get_rank(),)
+        return Mixtures(self.module, ranks.get("tensor", here), ranks.get("data", here))
+
+    def unknown(self, module: nn.Module, side: str, index: int) -> str:
+        return self._mixtures.unknown(module)
+
+    def placements(self, module: nn.Module, side: str, index: int, dims: int) -> Mapping[tuple[int, ...], Placement]:
+        return self._mixtures.placements(module, side, index)
+
     def doubt(self, module: nn.Module) -> str:
         if kind(module) is None and any(id(p) in self._shares for p in module.parameters(recurse=False)):
             return f"{type(module).__name__} has parameters that Megatron marks as sharded, and is none of its layers"
         return ""
 
     def late_gradients(self, module: nn.Module, side: str, index: int) -> list[tuple[int, ...]]:
-        if (side, index) not in self._shared_keys.get(id(module), ()) and not meets_parts(module, side, index):
+        shared = (side, index) in self._shared_keys.get(id(module), ())
+        if not shared and not meets_parts(module, side, index) and not self._mixtures.late_gradients(module, side):
             return []
         return [axis.ranks for axis in self.axes if axis.kind == "tensor"]
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from flex_model.errors import LayoutError
-
 __all__ = ["Share", "is_a", "is_megatron", "kind", "share_of", "shared_keys", "sums_later", "tensor_group"]
 
 _PACKAGE = "megatron.core."
@@ -41,8 +39,8 @@ def _marked(parameter: Tensor | None) -> bool:
 
 
 def tensor_group(module: nn.Module) -> Any:
-    """The tensor-parallel group that a layer outside of experts was built over."""
-    if getattr(module, "is_expert", False) or not (kind(module) or is_megatron(module)):
+    """The tensor-parallel group that a layer was built over."""
+    if not is_megatron(module):
         return None
     for attribute in ("tp_group", "_tp_group"):
         group = getattr(module, attribute, None)
@@ -73,13 +71,9 @@ class Share:
         shape = tuple(parameter.shape)
         return (*shape[: self.dim], shape[self.dim] * self.ranks, *shape[self.dim + 1 :])
 
-    def check(self, attribute: str) -> None:
-        if self.unknown:
-            raise LayoutError(f"the full parameter {attribute!r} is unknown: {self.unknown}.")
 
-
-def share_of(root: nn.Module, owner: nn.Module, name: str, parameter: Tensor, group: Any) -> Share | None:
-    """How a parameter lies; None where this rank has it whole."""
+def share_of(owner: nn.Module, name: str, parameter: Tensor, group: Any) -> Share | None:
+    """How a parameter lies; None where this rank has it whole. ``group`` is that of layers that keep none."""
     group = tensor_group(owner) or group
     if group is None or group.size() == 1:
         return None
@@ -87,6 +81,8 @@ def share_of(root: nn.Module, owner: nn.Module, name: str, parameter: Tensor, gr
         return Share(group, 0)
     if not _marked(parameter):
         return None
+    if is_a(owner, "GroupedMLP") or is_a(owner, "TEGroupedMLP"):
+        return Share(group, 0, unknown="it packs several experts, each sharded for itself")
     dim = getattr(parameter, "partition_dim", -1)
     if dim < 0:
         return Share(group, 0, unknown="Megatron does not say which dim is sharded")

@@ -46,6 +46,20 @@ class _MetaBuffer:
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
+class _NoDispatch:
+    """In place of what brings tokens to experts: every token comes back as it went. A copy has this rank's experts
+    only, and nothing of other ranks' tokens."""
+
+    _shape: Any = ()
+
+    def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        self._shape = hidden.shape
+        return hidden.view(-1, hidden.shape[-1]), probs
+
+    def combine_postprocess(self, hidden: Tensor) -> Tensor:
+        return hidden.view(self._shape)
+
+
 # Sizes that configurations keep, as they are without parallelism.
 _WHOLE_CONFIG = {
     "tensor_model_parallel_size": 1,
@@ -60,6 +74,8 @@ def stand_ins(model: nn.Module) -> dict[int, object]:
     """{id: what takes its place in a copy}: groups, and configurations, whose callbacks may hold the whole model."""
     found: dict[int, object] = {id(group): _ALONE for group in _world.pg_map}
     for module in model.modules():
+        if hasattr(module, "token_dispatcher"):
+            found[id(module.token_dispatcher)] = _NoDispatch()
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "tensor_model_parallel_size") and id(config) not in found:
             whole = copy.copy(config)
@@ -82,6 +98,10 @@ _SAME_FOR_ALL: Mapping[str, Any] = {
 def make_whole(twin: nn.Module) -> None:
     for module in twin.modules():
         known = module.__dict__
+        if isinstance(known.get("token_dispatcher"), _NoDispatch):
+            known["dispatch"] = lambda hidden, probs: (hidden, probs)
+            known["routed_experts_compute"] = lambda hidden, probs: (hidden, None)
+            known["combine"] = lambda hidden: hidden
         for name, value in _SAME_FOR_ALL.items():
             if name in known:
                 known[name] = value

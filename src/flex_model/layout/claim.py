@@ -33,6 +33,7 @@ class Evidence:
     twin_failure: str = ""
     batch: BatchDim | None = None
     expected_shape: tuple[int | None, ...] | None = None
+    unknown: str = ""  # why there is no whole
     late: tuple[int, ...] = ()  # axes along which gradients of replicas are parts of a sum
     # split factor of a sharded dim of this full size, or why its order is unknown
     order: Callable[[int, int], int | str] = lambda dim, size: 1
@@ -74,6 +75,8 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
 def _placements(
     shape: tuple[int, ...], evidence: Evidence, mesh: ModelMesh
 ) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
+    if evidence.unknown:
+        raise _Refusal(evidence.unknown)
     chosen: dict[int, tuple[Placement, str]] = dict(evidence.stated)
     data = [i for i, a in enumerate(mesh.axes) if a.kind == "data" and i not in chosen]
     tensor = [i for i, a in enumerate(mesh.axes) if a.kind == "tensor" and i not in chosen]
