@@ -43,11 +43,20 @@ class _NoStream:
 
     def synchronize(self) -> None: ...
 
+    def record_event(self) -> _NoStream:
+        return self
+
+
+def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Sizes of what is exchanged; Megatron's own leaves those that are on the CPU already as tensors."""
+    return tensor.numpy() if isinstance(tensor, Tensor) and as_numpy else tensor
+
 
 def patch() -> None:
     """Once a process."""
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
     import megatron.core.transformer.torch_norm as torch_norm
 
     if torch_norm.WrappedTorchNorm.__new__ is _SequenceParallelNorm.__new__:
@@ -55,6 +64,7 @@ def patch() -> None:
     torch_norm.WrappedTorchNorm.__new__ = _SequenceParallelNorm.__new__  # type: ignore[method-assign]
     random.CudaRNGStatesTracker.fork = lambda self, *a, **k: contextlib.nullcontext()  # type: ignore[assignment]
     moe_utils.te_general_gemm = None  # it is asked for where there is no transformer_engine  # type: ignore[attr-defined]
+    dispatcher.maybe_move_tensor_to_cpu = _on_cpu  # type: ignore[assignment]
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.Stream = _NoStream  # type: ignore[assignment, misc]
     torch.cuda.current_stream = lambda *a: _NoStream()  # type: ignore[assignment, return-value]

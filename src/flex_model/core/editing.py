@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Ca
 
 def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
     assert bound.edit is not None and bound.module is not None
+    if bound.apart:
+        return _answer_flat(bound, context, full, index, call)
     problem = check_expected(bound, full)
     if problem:
         raise ShapeError(problem)
@@ -107,6 +110,16 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
     check_answer(bound, value, out)
     edited: Tensor = out
     return edited if selection is None else selection.put(full, edited)
+
+
+def _answer_flat(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
+    """The answer to a value whose dim 0 was taken apart to bring it here."""
+    if isinstance(full, DTensor):
+        raise EditError(
+            f"{bound.where}: dim 0 is two dims in one, whose shards are interleaved; run='every_rank' gives it whole."
+        )
+    out = _answer(replace(bound, apart=False), context, full.flatten(0, 1), index, call)
+    return None if out is None else out.unflatten(0, full.shape[:2])
 
 
 def refuse_write(bound: Bound) -> None:

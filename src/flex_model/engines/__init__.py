@@ -122,6 +122,12 @@ class Engines:
     def unknown(self, module: nn.Module, side: str, index: int) -> str:
         return next((word for e in self.found if (word := e.unknown(module, side, index))), "")
 
+    def flattens(self, module: nn.Module, side: str) -> bool:
+        return any(e.flattens(module, side) for e in self.found)
+
+    def inner_rows(self, module: nn.Module, inputs: Any) -> int:
+        return next(e for e in self.found if e.flattens(module, "out")).inner_rows(module, inputs)
+
     def doubt(self, module: nn.Module) -> str:
         return next((word for e in self.found if (word := e.doubt(module))), "")
 

@@ -116,6 +116,15 @@ class Engine:
         """Why a tensor of a module's input or output has no whole, whatever other evidence says; "" where it may."""
         return ""
 
+    def flattens(self, module: nn.Module, side: str) -> bool:
+        """Whether dim 0 of a module's input or output is two dims in one, which ``placements`` then speaks of apart,
+        because their shards are interleaved in it."""
+        return False
+
+    def inner_rows(self, module: nn.Module, inputs: Any) -> int:
+        """The size of the inner of the two dims, on this rank in this call."""
+        raise NotImplementedError(self.name)
+
     def doubt(self, module: nn.Module) -> str:
         """Why a copy of this module with whole parameters need not have whole values; "" where it has."""
         return ""

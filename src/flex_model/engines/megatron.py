@@ -33,6 +33,7 @@ from flex_model.errors import LayoutError, MeshError
 from flex_model.layout.layout import merge_parts
 from flex_model.layout.mesh import Axis, AxisKind
 from flex_model.routing.collectives import all_gather_parts
+from flex_model.trees import first_tensor
 
 __all__ = ["MegatronEngine"]
 
@@ -174,6 +175,14 @@ class MegatronEngine(Engine):
 
     def unknown(self, module: nn.Module, side: str, index: int) -> str:
         return self._mixtures.unknown(module)
+
+    def flattens(self, module: nn.Module, side: str) -> bool:
+        return side == "out" and self._mixtures.routes(module)
+
+    def inner_rows(self, module: nn.Module, inputs: Any) -> int:
+        found = first_tensor(inputs)
+        assert found is not None
+        return found.shape[1]  # [s, b, h] became [s * b, experts]
 
     def placements(self, module: nn.Module, side: str, index: int, dims: int) -> Mapping[tuple[int, ...], Placement]:
         return self._mixtures.placements(module, side, index)

@@ -36,6 +36,9 @@ class Mixtures:
         """Whether a module is a part of some experts."""
         return id(module) in self._inside
 
+    def routes(self, module: nn.Module) -> bool:
+        return id(module) in self._routers
+
     def spread(self, module: nn.Module) -> bool:
         """Whether other ranks hold other experts under the same name."""
         layer = self._inside.get(id(module))
@@ -61,11 +64,11 @@ class Mixtures:
 
     def placements(self, module: nn.Module, side: str, index: int) -> Mapping[Line, Placement]:
         """How the features of rows at experts lie, and the rows that a router has."""
+        if id(module) in self._routers and side == "out":  # with the sequence and the batch apart
+            parts = self._routers[id(module)].config.sequence_parallel
+            return {self._data: Shard(1), self._tensor: Shard(0) if parts else Replicate()}
         if len(self._tensor) == 1:
             return {}
-        if id(module) in self._routers:
-            layer = self._routers[id(module)]
-            return {self._tensor: Shard(0)} if side == "out" and layer.config.sequence_parallel else {}
         if id(module) not in self._inside or self.unknown(module):
             return {}
         if is_a(module, "ColumnParallelLinear"):
