@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_cpu import Spread
 from oracle import Count, relative_error
 from test_megatron import alone, loss, perturbed, positions, tokens
-from torch import nn
+from torch import Tensor, nn
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction

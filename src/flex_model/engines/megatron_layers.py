@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-__all__ = ["Share", "is_a", "is_megatron", "kind", "share_of", "shared_keys", "sums_later", "tensor_group"]
+__all__ = [
+    "Share",
+    "in_unequal_blocks",
+    "is_a",
+    "is_megatron",
+    "kind",
+    "share_of",
+    "shared_keys",
+    "sums_later",
+    "tensor_group",
+]
 
 _PACKAGE = "megatron.core."
 
@@ -72,7 +82,13 @@ class Share:
         return (*shape[: self.dim], shape[self.dim] * self.ranks, *shape[self.dim + 1 :])
 
 
-def share_of(owner: nn.Module, name: str, parameter: Tensor, group: Any) -> Share | None:
+def in_unequal_blocks(model: nn.Module) -> set[int]:
+    """Ids of the modules in mixers whose fused projections are of unequal blocks."""
+    mixers = [m for m in model.modules() if any(is_a(m, name) for name in _UNEQUAL)]
+    return {id(m) for mixer in mixers for m in mixer.modules()}
+
+
+def share_of(owner: nn.Module, name: str, parameter: Tensor, group: Any, unequal: bool) -> Share | None:
     """How a parameter lies; None where this rank has it whole. ``group`` is that of layers that keep none."""
     group = tensor_group(owner) or group
     if group is None or group.size() == 1:
@@ -86,6 +102,8 @@ def share_of(owner: nn.Module, name: str, parameter: Tensor, group: Any) -> Shar
     dim = getattr(parameter, "partition_dim", -1)
     if dim < 0:
         return Share(group, 0, unknown="Megatron does not say which dim is sharded")
+    if unequal and dim == 0:
+        return Share(group, 0, unknown="it is in several blocks of unequal sizes, each sharded for itself")
     return Share(group, dim, getattr(parameter, "partition_stride", 1))
 
 
