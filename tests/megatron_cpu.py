@@ -54,6 +54,7 @@ def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) ->
 
 def patch() -> None:
     """Once a process."""
+    import megatron.core.fusions.fused_softmax as softmax
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
@@ -65,6 +66,9 @@ def patch() -> None:
     random.CudaRNGStatesTracker.fork = lambda self, *a, **k: contextlib.nullcontext()  # type: ignore[assignment]
     moe_utils.te_general_gemm = None  # it is asked for where there is no transformer_engine  # type: ignore[attr-defined]
     dispatcher.maybe_move_tensor_to_cpu = _on_cpu  # type: ignore[assignment]
+    softmax.get_default_causal_mask = lambda n: torch.ones(n, n).triu(1).bool()  # type: ignore[assignment]
+    random._get_cuda_rng_state = lambda *a, **k: torch.zeros(0)  # type: ignore[assignment]
+    random._set_cuda_rng_state = lambda *a, **k: None  # type: ignore[assignment]
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.Stream = _NoStream  # type: ignore[assignment, misc]
     torch.cuda.current_stream = lambda *a: _NoStream()  # type: ignore[assignment, return-value]

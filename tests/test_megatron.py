@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction
+from flex_model.errors import MeshError
 
 pytest.importorskip("megatron.core")
 
@@ -176,3 +177,158 @@ def test_parameters_over_data_ranks(data: str) -> None:
     for tried, bad in run_world(4, _parameters, "sp gated bias tied", 2, data):
         print(f"Megatron-core parameters, sp=2 dp=2, {data}: {tried - len(bad)} exact of {tried}")
         assert not bad
+
+
+# -- other calls -----------------------------------------------------------------------------------------------
+def _with_labels(which: str) -> Count:
+    """The model's own loss, over logits that stay sharded."""
+    spread = Spread(tp=2)
+    sharded, plain = pair(spread, *MODELS[which])
+    ids = tokens()
+
+    def run(model: nn.Module) -> Tensor:
+        return model(ids, positions(ids), None, labels=ids.roll(1, -1)).mean()
+
+    return parity.compare(sharded, plain, run, alone(spread, run))
+
+
+def test_own_loss() -> None:
+    for count in run_world(2, _with_labels, "sp"):
+        print(f"Megatron-core sp, its own loss: {count}")
+        assert not count.wrong and not count.refused
+
+
+def _half() -> Count:
+    spread = Spread(tp=2)
+    changes = {"sequence_parallel": True, "params_dtype": torch.bfloat16, "bf16": True}
+    sharded, plain = pair(spread, changes, {})
+    ids = tokens()
+    return parity.compare(
+        sharded.bfloat16(),
+        plain.bfloat16(),
+        lambda m: loss(m(ids, positions(ids), None)),
+        alone(spread, lambda m: loss(m(ids, positions(ids), None))),
+        tolerance=6e-2,
+    )
+
+
+def test_bfloat16() -> None:
+    """Sums in another order round differently, by a few units in the last of 8 bits."""
+    for count in run_world(2, _half):
+        print(f"Megatron-core sp in bfloat16: {count}")
+        assert not count.wrong and not count.refused
+
+
+def _shared_keys() -> Count:
+    """Four ranks share two groups of keys: each key is on two of them, and is no shard of anything."""
+    spread = Spread(tp=4)
+    sharded, plain = pair(spread, {}, {})
+    ids = tokens()
+    return parity.compare(
+        sharded,
+        plain,
+        lambda m: loss(m(ids, positions(ids), None)),
+        alone(spread, lambda m: loss(m(ids, positions(ids), None))),
+    )
+
+
+def test_fewer_keys_than_ranks() -> None:
+    for count in run_world(4, _shared_keys):
+        print(f"Megatron-core tp=4, two groups of keys: {count}")
+        assert not count.wrong
+        keys = ("k_layernorm.", "core_attention.forward_pre[1]", "core_attention.forward_pre[2]")
+        gradients = ("core_attention.full_backward[1]", "core_attention.full_backward[2]")
+        assert len(count.refused) == 2 * 8
+        assert all(any(place in r.split(": ")[0] for place in (*keys, *gradients)) for r in count.refused)
+
+
+def _decoded() -> list[bool]:
+    """Without gradients, at lengths that the layouts were not found at."""
+    spread = Spread(tp=2)
+    sharded, plain = pair(spread, *MODELS["sp"])
+    names = ("decoder.layers.0.mlp.linear_fc1", "decoder.layers.1", "output_layer", "embedding")
+    want: dict[str, list[Tensor]] = {n: [] for n in names}
+    for name in names:
+        keep = want[name].append
+        plain.get_submodule(name).register_forward_hook(
+            lambda m, a, o, keep=keep: keep(o if torch.is_tensor(o) else o[0])
+        )
+    got: dict[str, list[Tensor]] = {}
+    fm = FlexModel(sharded, got, deliver="all")
+    for name in names:
+        fm.register_forward_hook(HookFunction(name))
+    with torch.no_grad():
+        for batch, length in ((4, 6), (2, 8), (1, 4), (3, 10)):
+            ids = tokens(batch, length)
+            with spread.alone():
+                plain(ids, positions(ids), None)
+            fm(ids, positions(ids), None)
+    return [relative_error(g, w) < 1e-5 for n in names for g, w in zip(got[n], want[n], strict=True)]
+
+
+def test_other_lengths() -> None:
+    assert run_world(2, _decoded) == [[True] * 16] * 2
+
+
+def _checkpointed(which: str) -> Count:
+    """Megatron's own recomputation of whole layers: every value once, and its gradient."""
+    spread = Spread(tp=2)
+    changes, model = MODELS[which]
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    sharded, plain = pair(spread, {**changes, **again}, model)
+    plain.config.recompute_granularity = None
+    plain.decoder.config.recompute_granularity = None
+    ids = tokens()
+    return parity.compare(
+        sharded.train(),
+        plain.train(),
+        lambda m: loss(m(ids, positions(ids), None)),
+        alone(spread, lambda m: loss(m(ids, positions(ids), None))),
+    )
+
+
+def test_recomputed_layers() -> None:
+    for count in run_world(2, _checkpointed, "sp"):
+        print(f"Megatron-core sp, layers recomputed: {count}")
+        assert not count.wrong and not count.refused
+
+
+def _wrappers() -> list[bool]:
+    """Under Megatron's wrappers names and keys are the plain model's; a state comes back."""
+    from megatron.core.transformer.module import Float16Module
+
+    spread = Spread(tp=1)
+    changes = {"params_dtype": torch.bfloat16, "bf16": True}
+    sharded, plain = pair(spread, changes, {})
+    model = wrapped(Float16Module(sharded.config, sharded), "Megatron DDP")
+    fm = FlexModel(model)
+    ids = spread.mine(tokens())
+    name = "decoder.layers.0.mlp"
+    with torch.no_grad(), fm.capture(name, "module.module." + name) as acts:
+        fm(ids, positions(ids), None)
+    return [
+        fm.wrapped_module_names == [n for n, _ in plain.named_modules()],
+        [n for n, _ in fm.named_parameters()] == [n for n, _ in plain.named_parameters()],
+        set(fm.state_dict()) == set(plain.state_dict()),
+        ("Megatron-core" in fm._runtime.engines.names and "module.module." + name in acts) or name in acts,
+    ]
+
+
+def test_wrappers() -> None:
+    assert run_world(2, _wrappers) == [[True] * 4] * 2
+
+
+def _over_context() -> str:
+    Spread(tp=1, context_parallel_size=2)
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    layer = ColumnParallelLinear(8, 8, config=megatron.config(), init_method=nn.init.xavier_normal_)
+    try:
+        FlexModel(layer)
+    except MeshError as error:
+        return str(error)
+    return ""
+
+
+def test_context_parallel_is_refused() -> None:
+    assert all("context parallelism" in refusal for refusal in run_world(2, _over_context))

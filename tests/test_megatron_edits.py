@@ -41,7 +41,7 @@ SITES = (
     ("output_layer", "forward_pre", 0, 32),
     ("output_layer", "forward", 0, 64),
 )
-FEW = (0, 3, 5, 8, 13)
+FEW = (0, 2, 3, 5, 8, 13)
 
 
 def mix(x: Tensor) -> Tensor:
@@ -147,6 +147,8 @@ def _edits(which: str, tp: int, sites: tuple[int, ...], data: str) -> tuple[int,
     tried, bad = 0, []
     for site in (SITES[i] for i in sites):
         for run in ("every_rank", "one_rank", "sharded"):
+            if run != "every_rank" and SITES.index(site) not in FEW:
+                continue
             for trainable in (False,) if "backward" in site[1] else (False, True):
                 tried += 1
                 if found := problems(spread, which, site, run, trainable, data):

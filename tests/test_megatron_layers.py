@@ -194,3 +194,59 @@ def test_collectives() -> None:
     for own, replicated, gathered in run_world(2, _counts):
         assert replicated == own, "a value that every rank has moves nothing"
         assert own < gathered <= own + 2
+
+
+# -- kernels that only a GPU has -------------------------------------------------------------------------------
+def _kernels_of_a_gpu(model: nn.Module) -> None:
+    """Dress Megatron's own layers up as transformer_engine's: their classes, and no way to run without data."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    base = type("Base", (), {"__module__": "transformer_engine.pytorch"})
+
+    def disguise(cls: type, name: str, megatrons: bool) -> type:
+        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            assert not x.is_meta, "a kernel without a meta implementation"
+            return cls.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
+
+        where = "megatron.core.extensions.transformer_engine" if megatrons else "transformer_engine.pytorch"
+        bases = (type("TELinear", (cls,), {"__module__": where}), base) if "Linear" in name else (cls, base)
+        return type(name, bases, {"forward": forward, "__module__": where, "te_return_bias": False})
+
+    for module in model.modules():
+        cls = type(module)
+        for kind, name in (
+            (ColumnParallelLinear, "TEColumnParallelLinear"),
+            (RowParallelLinear, "TERowParallelLinear"),
+            (DotProductAttention, "TEDotProductAttention"),
+        ):
+            if (cls is kind and getattr(module, "weight", None) is not None) or cls is kind is DotProductAttention:
+                module.__class__ = disguise(cls, name, True)
+        if cls in (nn.RMSNorm, nn.LayerNorm):
+            module.__class__ = disguise(cls, cls.__name__, False)
+    for parameter in model.parameters():
+        if hasattr(parameter, "partition_stride"):
+            parameter.partition_stride = 1  # nor do older versions mark gate and up as two blocks
+
+
+def _as_on_a_gpu() -> Count:
+    from test_megatron import loss, pair, positions, tokens
+
+    spread = Spread(tp=2)
+    sharded, plain = pair(spread, {"sequence_parallel": True}, {})
+    _kernels_of_a_gpu(sharded)
+    ids = tokens()
+    return compare(
+        sharded,
+        plain,
+        lambda m: loss(m(ids, positions(ids), None)),
+        alone(spread, lambda m: loss(m(ids, positions(ids), None))),
+    )
+
+
+def test_layers_of_transformer_engine() -> None:
+    for count in run_world(2, _as_on_a_gpu):
+        print(f"Megatron-core sp, as if on transformer_engine: {count}")
+        # what the real ones have not
+        inside = ("core_attention.scale_mask_softmax", "core_attention.attention_dropout")
+        assert not count.wrong and all(any(name in r for name in inside) for r in count.refused)

@@ -20,6 +20,7 @@ from flex_model.engines.fused import fused_beside
 from flex_model.engines.megatron_experts import Mixtures, inside_experts
 from flex_model.engines.megatron_layers import (
     Share,
+    gated,
     in_unequal_blocks,
     is_a,
     is_megatron,
@@ -108,12 +109,12 @@ class MegatronEngine(Engine):
     @cached_property
     def _shares(self) -> dict[int, Share]:
         """{id of a parameter that is not whole here: how it lies}"""
-        unequal = in_unequal_blocks(self.module)
+        unequal, pairs = in_unequal_blocks(self.module), gated(self.module)
         return {
             id(p): share
             for m in self.module.modules()
             for name, p in m.named_parameters(recurse=False)
-            if (share := share_of(m, name, p, self._tensor_group, id(m) in unequal)) is not None
+            if (share := share_of(m, name, p, self._tensor_group, 1 + (id(m) in pairs), id(m) in unequal)) is not None
         }
 
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:

@@ -88,5 +88,5 @@ def _line(group: Any) -> Line:
 
 
 def _features(layer: Any) -> Placement:
-    blocks = getattr(layer.weight, "partition_stride", 1)
+    blocks = max(getattr(layer.weight, "partition_stride", 1), 1 + bool(layer.config.gated_linear_unit))
     return Shard(-1) if blocks == 1 else _StridedShard(-1, split_factor=blocks)

@@ -12,6 +12,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 __all__ = [
     "Share",
+    "gated",
     "in_unequal_blocks",
     "is_a",
     "is_megatron",
@@ -88,8 +89,15 @@ def in_unequal_blocks(model: nn.Module) -> set[int]:
     return {id(m) for mixer in mixers for m in mixer.modules()}
 
 
-def share_of(owner: nn.Module, name: str, parameter: Tensor, group: Any, unequal: bool) -> Share | None:
-    """How a parameter lies; None where this rank has it whole. ``group`` is that of layers that keep none."""
+def gated(model: nn.Module) -> set[int]:
+    """Ids of the layers that hold gate and up in one, which not every version marks as two blocks."""
+    mlps: list[Any] = [m for m in model.modules() if is_a(m, "MLP")]
+    return {id(m.linear_fc1) for m in mlps if m.config.gated_linear_unit}
+
+
+def share_of(owner: nn.Module, name: str, parameter: Tensor, group: Any, least: int, unequal: bool) -> Share | None:
+    """How a parameter lies; None where this rank has it whole. ``group`` is that of layers that keep none, ``least``
+    how many blocks it has if no mark says more."""
     group = tensor_group(owner) or group
     if group is None or group.size() == 1:
         return None
@@ -104,7 +112,7 @@ def share_of(owner: nn.Module, name: str, parameter: Tensor, group: Any, unequal
         return Share(group, 0, unknown="Megatron does not say which dim is sharded")
     if unequal and dim == 0:
         return Share(group, 0, unknown="it is in several blocks of unequal sizes, each sharded for itself")
-    return Share(group, dim, getattr(parameter, "partition_stride", 1))
+    return Share(group, dim, max(least, getattr(parameter, "partition_stride", 1)))
 
 
 def sums_later(parameter: Tensor) -> str | None:

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _world
 
+from flex_model.engines.megatron_kernels import shape_only
+
 __all__ = ["alone", "make_whole", "stand_ins"]
 
 
@@ -102,6 +104,8 @@ def make_whole(twin: nn.Module) -> None:
             known["dispatch"] = lambda hidden, probs: (hidden, probs)
             known["routed_experts_compute"] = lambda hidden, probs: (hidden, None)
             known["combine"] = lambda hidden: hidden
+        if (forward := shape_only(module)) is not None:
+            known["forward"] = forward
         for name, value in _SAME_FOR_ALL.items():
             if name in known:
                 known[name] = value
