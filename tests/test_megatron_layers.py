@@ -250,3 +250,32 @@ def test_layers_of_transformer_engine() -> None:
         # what the real ones have not
         inside = ("core_attention.scale_mask_softmax", "core_attention.attention_dropout")
         assert not count.wrong and all(any(name in r for name in inside) for r in count.refused)
+
+
+# -- parts of a model by themselves ----------------------------------------------------------------------------
+def _layer_over_data() -> list[bool]:
+    """A layer that is called with [s, b, h] has its batch in dim 1, on data ranks too."""
+    from test_megatron import pair
+
+    spread = Spread(tp=1)
+    sharded, plain = pair(spread, {}, {})
+    x = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(4))
+    mine = x.chunk(2, 1)[dist.get_rank()]
+    names = ("mlp", "self_attention.linear_qkv", "self_attention.core_attention")
+    want: dict[str, Tensor] = {}
+    layer = plain.decoder.layers[0]  # type: ignore[index, union-attr]
+    for name in names:
+        keep = want.__setitem__
+        layer.get_submodule(name).register_forward_hook(
+            lambda m, a, o, name=name: keep(name, o if isinstance(o, Tensor) else o[0])
+        )
+    fm = FlexModel(sharded.decoder.layers[0])  # type: ignore[index, union-attr]
+    with spread.alone(), torch.no_grad():
+        layer(x, attention_mask=None)
+    with torch.no_grad(), fm.capture(*names) as acts:
+        fm(mine, attention_mask=None)
+    return [relative_error(acts[name], want[name]) < 1e-5 for name in names]
+
+
+def test_layer_over_data_ranks() -> None:
+    assert run_world(2, _layer_over_data) == [[True] * 3] * 2

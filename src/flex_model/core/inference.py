@@ -111,7 +111,8 @@ class Inference:
         assert self._inputs is not None
         module, args, kwargs = self._inputs
         try:
-            self._batch = probe_batch(module, args, kwargs, self._watched)
+            dim = self.engines.batch_dim(module, (args, kwargs))
+            self._batch = probe_batch(module, args, kwargs, self._watched, dim)
         except Exception as error:
             self._batch, self._batch_failure = {}, f"{type(error).__name__}: {str(error)[:200]}"
             logger.info("the batch could not be probed: %s", self._batch_failure)
@@ -213,7 +214,8 @@ class Inference:
             inside = roots[0] if roots else called  # without its wrappers
             if roots:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
-            self._twin = Twin(inside, self.engines).shapes(args, kwargs, self._watched)
+            dim = self.engines.batch_dim(inside, (args, kwargs))
+            self._twin = Twin(inside, self.engines, dim).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
         if once is None or twice is None:
             once = twice = None

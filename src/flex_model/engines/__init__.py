@@ -122,6 +122,9 @@ class Engines:
     def unknown(self, module: nn.Module, side: str, index: int) -> str:
         return next((word for e in self.found if (word := e.unknown(module, side, index))), "")
 
+    def batch_dim(self, module: nn.Module, inputs: Any) -> int:
+        return max((e.batch_dim(module, inputs) for e in self.found), default=0)
+
     def flattens(self, module: nn.Module, side: str) -> bool:
         return any(e.flattens(module, side) for e in self.found)
 

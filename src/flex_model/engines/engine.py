@@ -116,6 +116,10 @@ class Engine:
         """Why a tensor of a module's input or output has no whole, whatever other evidence says; "" where it may."""
         return ""
 
+    def batch_dim(self, module: nn.Module, inputs: Any) -> int:
+        """Which dim of the first tensor that ``module`` is called with holds the batch."""
+        return 0
+
     def flattens(self, module: nn.Module, side: str) -> bool:
         """Whether dim 0 of a module's input or output is two dims in one, which ``placements`` then speaks of apart,
         because their shards are interleaved in it."""

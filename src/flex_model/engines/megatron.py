@@ -179,6 +179,11 @@ class MegatronEngine(Engine):
     def unknown(self, module: nn.Module, side: str, index: int) -> str:
         return self._mixtures.unknown(module)
 
+    def batch_dim(self, module: nn.Module, inputs: Any) -> int:
+        found = first_tensor(inputs)
+        activation = found is not None and found.is_floating_point() and found.dim() == 3
+        return 1 if activation and is_megatron(module) else 0  # [s, b, h], and [b, s] of the tokens that a model takes
+
     def flattens(self, module: nn.Module, side: str) -> bool:
         return side == "out" and self._mixtures.routes(module)
 

@@ -69,7 +69,7 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
         batch = evidence.batch.dim if evidence.batch else None
         full = tuple(None if d == batch else s for d, s in enumerate(evidence.twin))
     late = tuple(i for i in evidence.late if isinstance(placements[i], Replicate))
-    return Claim(evidence.where, shape, mark, placements, sources, full, late)
+    return Claim(evidence.where, shape, mark, placements, sources, full, late=late)
 
 
 def _placements(
@@ -175,7 +175,7 @@ def agree(everyone: Sequence[Claim | None], mesh: ModelMesh) -> Layout | LayoutE
             return _error(where, problem, claims, mesh)
     ragged = tuple(_is_ragged(axis, claims, mesh) for axis in range(len(mesh.axes)))
     evidence = "; ".join(f"{n}: {s}" for n, s in zip(mesh.names, first.sources, strict=True))
-    return Layout(first.placements, evidence, _global_shape(claims, mesh), ragged, proven, first.late)
+    return Layout(first.placements, evidence, _global_shape(claims, mesh), ragged, proven, late=first.late)
 
 
 def _check_replicas(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> tuple[bool, str]:

@@ -162,8 +162,9 @@ class TwinShapes:
 class Twin:
     """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
 
-    def __init__(self, model: nn.Module, engines: Wholeness) -> None:
-        self._model, self._engines = model, engines
+    def __init__(self, model: nn.Module, engines: Wholeness, dim: int = 0) -> None:
+        """``dim`` is where the model's inputs hold the batch."""
+        self._model, self._engines, self._dim = model, engines, dim
 
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
         """``names`` are the watched modules of the real model by clean name."""
@@ -191,7 +192,8 @@ class Twin:
         def note(key: Key, found: list[Tensor]) -> None:
             into[key] = [tuple(t.shape) for t in found]
 
-        args, kwargs = copy_tree(double_batch((args, kwargs)) if times == 2 else (args, kwargs), convert)
+        inputs = double_batch((args, kwargs), dim=self._dim) if times == 2 else (args, kwargs)
+        args, kwargs = copy_tree(inputs, convert)
         with (
             torch.no_grad(),
             self._engines.alone(),
