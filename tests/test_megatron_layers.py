@@ -138,6 +138,9 @@ def _own() -> list[Any]:
         out.append(str(error))
     full = want(x)
     out.append(relative_error(acts["before"], want.before(x)) < 1e-5)
+    with fm.capture("layer", hook_type="forward_pre") as acts:
+        fm(x)
+    out.append(relative_error(acts["layer"], want.before(x)) < 1e-5)
     out.append(torch.equal(fm.get_module_parameter("layer.weight"), want.layer.weight))
     for word in ({"layout": {"tp": Shard(2)}}, {"expected_shape": (6, 4, 48)}):
         values: dict[str, list[Tensor]] = {}
@@ -151,7 +154,7 @@ def _own() -> list[Any]:
 
 def test_own_layer() -> None:
     for tp, refusal, *rest in run_world(2, _own):
-        assert tp == 2 and rest == [True] * 4
+        assert tp == 2 and rest == [True] * 5
         assert "layer output 0" in refusal and "Own" in refusal and "layout={'tp': Shard(dim)" in refusal
 
 
@@ -265,9 +268,8 @@ def _layer_over_data() -> list[bool]:
     want: dict[str, Tensor] = {}
     layer = plain.decoder.layers[0]  # type: ignore[index, union-attr]
     for name in names:
-        keep = want.__setitem__
         layer.get_submodule(name).register_forward_hook(
-            lambda m, a, o, name=name: keep(name, o if isinstance(o, Tensor) else o[0])
+            lambda m, a, o, name=name: want.update({name: o if isinstance(o, Tensor) else o[0]})
         )
     fm = FlexModel(sharded.decoder.layers[0])  # type: ignore[index, union-attr]
     with spread.alone(), torch.no_grad():

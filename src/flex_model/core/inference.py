@@ -204,7 +204,7 @@ class Inference:
         undecided = [i for i, a in enumerate(self.mesh.axes) if a.kind == "tensor" and i not in stated]
         if not undecided:
             return {}
-        if doubt := self.engines.doubt(module):
+        if doubt := self.engines.doubt(module, key.side):
             return {"twin_failure": doubt}
         if self._inputs is None:
             return {"twin_failure": "its first call was before the hook was there"}

@@ -131,8 +131,8 @@ class Engines:
     def inner_rows(self, module: nn.Module, inputs: Any) -> int:
         return next(e for e in self.found if e.flattens(module, "out")).inner_rows(module, inputs)
 
-    def doubt(self, module: nn.Module) -> str:
-        return next((word for e in self.found if (word := e.doubt(module))), "")
+    def doubt(self, module: nn.Module, side: str) -> str:
+        return next((word for e in self.found if (word := e.doubt(module, side))), "")
 
     def late_gradients(self, module: nn.Module, side: str, index: int) -> list[tuple[int, ...]]:
         return [line for e in self.found for line in e.late_gradients(module, side, index)]

@@ -129,8 +129,8 @@ class Engine:
         """The size of the inner of the two dims, on this rank in this call."""
         raise NotImplementedError(self.name)
 
-    def doubt(self, module: nn.Module) -> str:
-        """Why a copy of this module with whole parameters need not have whole values; "" where it has."""
+    def doubt(self, module: nn.Module, side: str) -> str:
+        """Why a copy of this module with whole parameters need not have a whole input or output; "" where it has."""
         return ""
 
     def late_gradients(self, module: nn.Module, side: str, index: int) -> Iterable[tuple[int, ...]]:

@@ -139,6 +139,8 @@ class MegatronEngine(Engine):
         if problem := self._no_whole(owner, share):
             return GradientSite("local", refusal=problem)
         if share is not None:
+            if all(axis.ranks != share.line for axis in self.axes if axis.kind == "tensor"):
+                return GradientSite("local", refusal="it is sharded over ranks that are no axis of the model")
             stated["tensor"] = share.placement
         elif self._mixtures.own_tokens(owner):
             stated["tensor"] = Partial("sum")
@@ -195,7 +197,9 @@ class MegatronEngine(Engine):
     def placements(self, module: nn.Module, side: str, index: int, dims: int) -> Mapping[tuple[int, ...], Placement]:
         return self._mixtures.placements(module, side, index)
 
-    def doubt(self, module: nn.Module) -> str:
+    def doubt(self, module: nn.Module, side: str) -> str:
+        if side == "in":
+            return ""
         if kind(module) is None and any(id(p) in self._shares for p in module.parameters(recurse=False)):
             return f"{type(module).__name__} has parameters that Megatron marks as sharded, and is none of its layers"
         return ""

@@ -75,6 +75,10 @@ class Share:
         return int(self.group.size())
 
     @property
+    def line(self) -> tuple[int, ...]:
+        return tuple(dist.get_process_group_ranks(self.group))
+
+    @property
     def placement(self) -> Placement:
         return Shard(self.dim) if self.blocks == 1 else _StridedShard(self.dim, split_factor=self.blocks)
 
