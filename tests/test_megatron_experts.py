@@ -38,6 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sequence_parallel": True, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2},
     ),
     "dp=2": ({"tp": 1}, {}),
+    "dp=2, experts tp=2": ({"tp": 1, "expert_tensor_parallel_size": 2}, {"expert_tensor_parallel_size": 2}),
     "dp=2, ep=2": ({"tp": 1, "expert_model_parallel_size": 2}, {"expert_model_parallel_size": 2}),
     "dp=2, ep=2, all to all": (
         {"tp": 1, "expert_model_parallel_size": 2},
@@ -216,5 +217,7 @@ def test_parameters_of_experts(case: str) -> None:
         if "ep=2" in case:
             assert "other ranks have other experts by this name" in whole
             assert "other ranks have other experts by this name" in gradient
+        elif case == "dp=2, experts tp=2":
+            assert whole is True and "sharded over ranks that are no axis of the model" in gradient
         else:
             assert whole is True and gradient is True
