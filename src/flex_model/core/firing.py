@@ -20,7 +20,7 @@ from flex_model.layout.layout import Layout
 from flex_model.routing.collectives import all_gather_ints
 from flex_model.routing.delivery import to_host
 from flex_model.routing.one_rank import tie
-from flex_model.routing.route import Route
+from flex_model.routing.route import Route, with_part_of_gradient, with_whole_gradient
 from flex_model.trees import Leaf, find_leaves, input_leaves, replace_leaves, resolve_index
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Point:
         self.values = [b for b in bounds if not b.is_gradient]
         self.gradients = [b for b in bounds if b.is_gradient or b.gradient_sink is not None]
         self.by_path = any(not isinstance(b.hook.unpack_idx, int) for b in bounds)
+        module = bounds[0].module
+        self.apart = bool(runtime.mesh.axes) and module is not None and runtime.engines.flattens(module, side)
+        for bound in bounds:
+            bound.apart = self.apart
 
     # -- torch's hooks -----------------------------------------------------------------------------------------
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -61,7 +65,8 @@ class Point:
             runtime.enter(module, inputs if isinstance(inputs, tuple) else (inputs,), {})
         call = runtime.call_now()
         occurrence = runtime.inference.passes(self.name, self.side)
-        now = {leaf.index: leaf.tensor for leaf in leaves}
+        inner = runtime.engines.inner_rows(module, inputs) if self.apart else 1
+        now = {x.index: x.tensor.unflatten(0, (-1, inner)) if self.apart else x.tensor for x in leaves}
         new: dict[int, Tensor] = {}
         for bound in self.values:
             chosen = resolve_index(leaves, bound.hook.unpack_idx)
@@ -83,7 +88,7 @@ class Point:
                     new[index] = out
         if alone:
             runtime.leave(module, None)
-        return new
+        return {i: t.flatten(0, 1) for i, t in new.items()} if self.apart else new
 
     def _watched(self, leaves: list[Leaf]) -> dict[int, list[tuple[Bound, bool]]]:
         table: dict[int, list[tuple[Bound, bool]]] = {}
@@ -186,10 +191,11 @@ def _attach(
     else:
         runtime.mesh.prepare()
         route = Route(runtime.mesh, layout, local, even_axes=_even_axes(runtime, layout, call))
-        full = route.unshard(local).clone()
-        back = route.reshard(full.clone())
+        full = route.unshard(with_part_of_gradient(local, runtime.mesh, layout)).clone()
+        back = with_whole_gradient(route.reshard(full.clone()), runtime.mesh, layout)
     if capturing and bound.sink is not None:
-        bound.sink.put(key, full if bound.selection is None else bound.selection.take(full))
+        told = full.flatten(0, 1) if bound.apart else full
+        bound.sink.put(key, told if bound.selection is None else bound.selection.take(told))
     return like(back, value)
 
 

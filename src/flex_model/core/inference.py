@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +111,8 @@ class Inference:
         assert self._inputs is not None
         module, args, kwargs = self._inputs
         try:
-            self._batch = probe_batch(module, args, kwargs, self._watched)
+            dim = self.engines.batch_dim(module, (args, kwargs))
+            self._batch = probe_batch(module, args, kwargs, self._watched, dim)
         except Exception as error:
             self._batch, self._batch_failure = {}, f"{type(error).__name__}: {str(error)[:200]}"
             logger.info("the batch could not be probed: %s", self._batch_failure)
@@ -168,8 +169,12 @@ class Inference:
             stated=stated,
             batch=self._batch_dim(key, spot.index),
             expected_shape=expected,
+            unknown=""
+            if len(spot.override) == len(self.mesh.axes)
+            else self.engines.unknown(module, spot.side, spot.index),
+            late=self._on_axes(self.engines.late_gradients(module, spot.side, spot.index)),
             order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
-            **self._twin_shapes(key, spot.index, stated),
+            **self._twin_shapes(module, key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
         return claim(plain, evidence, self.mesh)
@@ -191,20 +196,29 @@ class Inference:
         ruled = self.engines.placements(module, spot.side, spot.index, dims)
         return {mine[line]: (_positive(p, dims), "the engine's rule") for line, p in ruled.items() if line in mine}
 
-    def _twin_shapes(self, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
+    def _on_axes(self, lines: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+        mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
+        return tuple(mine[line] for line in lines if line in mine)
+
+    def _twin_shapes(self, module: nn.Module, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
         undecided = [i for i, a in enumerate(self.mesh.axes) if a.kind == "tensor" and i not in stated]
         if not undecided:
             return {}
+        if doubt := self.engines.doubt(module, key.side):
+            return {"twin_failure": doubt}
         if self._inputs is None:
             return {"twin_failure": "its first call was before the hook was there"}
         if self._twin is None:
-            module, args, kwargs = self._inputs
-            roots = [m for m in module.modules() if any(m is root for root in self.roots)]
-            inside = roots[0] if roots else module  # without its wrappers
+            called, args, kwargs = self._inputs
+            roots = [m for m in called.modules() if any(m is root for root in self.roots)]
+            inside = roots[0] if roots else called  # without its wrappers
             if roots:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
-            self._twin = Twin(inside, self.engines).shapes(args, kwargs, self._watched)
+            dim = self.engines.batch_dim(inside, (args, kwargs))
+            self._twin = Twin(inside, self.engines, dim).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
+        if once is None or twice is None:
+            once = twice = None
         return {
             "twin": once[index] if once is not None and index < len(once) else None,
             "twin_twice": twice[index] if twice is not None and index < len(twice) else None,
@@ -255,6 +269,8 @@ class Inference:
                 placements[axis] = Partial("avg" if self.mesh.mean else "sum")
             elif isinstance(placement, Partial):
                 placements[axis] = Replicate()
+        for axis in forward.late:
+            placements[axis] = Partial("sum")
         for axis, (placement, _) in self.stated(grad).items() if isinstance(grad, DTensor) else ():
             placements[axis] = placement
         return Layout(tuple(placements), forward.evidence, forward.shape, forward.ragged, forward.proven)

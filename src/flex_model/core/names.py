@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from flex_model.engines import wrapped
 from flex_model.errors import NameNotFoundError
 
 __all__ = ["Names", "Pattern", "StageTable", "glob_to_regex"]
@@ -31,7 +32,7 @@ def _wrapped_child(module: nn.Module) -> str | None:
             return attribute
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return "module"
-    return None
+    return wrapped(module)
 
 
 # These wrappers take themselves out of state_dict's keys.
@@ -127,7 +128,7 @@ class Names:
         self._spellings[raw] = clean
         inner = _wrapped_child(module)
         if inner is not None and (child := module._modules[inner]) is not None:
-            kept = "" if inner in _ABSENT_FROM_STATE else inner
+            kept = "" if inner in _ABSENT_FROM_STATE or wrapped(module) else inner
             self._walk(child, clean, _join(raw, inner), _join(state, kept), stage)
             return
         self._state.setdefault(clean, state)

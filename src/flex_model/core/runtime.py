@@ -210,7 +210,7 @@ class Runtime:
                 _, site = self.engines.gradient_site(owner, attribute)
                 parameter = owner._parameters.get(attribute)
                 if site.when == "local" and parameter is not None and parameter.requires_grad:
-                    hook = partial(self.backward.on_parameter, bound, site.stated, sharding(parameter))
+                    hook = partial(self.backward.on_parameter, bound, site, sharding(parameter))
                     self._parameter_handles.append(parameter.register_hook(hook))
 
     # -- calls -------------------------------------------------------------------------------------------------

@@ -19,16 +19,18 @@ from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_m
 from flex_model.engines.fsdp1 import FSDP1Engine
 from flex_model.engines.fsdp2 import FSDP2Engine
 from flex_model.engines.hf import TransformersEngine
+from flex_model.engines.megatron import MegatronEngine
 from flex_model.engines.pipelining import PipeliningEngine, stages_made
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
 
-__all__ = ["Conductor", "Engine", "Engines", "GradientSite"]
+__all__ = ["Conductor", "Engine", "Engines", "GradientSite", "wrapped"]
 
 # Data engines first: what they claim is theirs; DTensor takes the axes that are left.
 _KNOWN: tuple[type[Engine], ...] = (
     DDPEngine,
     FSDP1Engine,
     FSDP2Engine,
+    MegatronEngine,
     TransformersEngine,
     PipeliningEngine,
     DTensorEngine,
@@ -41,6 +43,11 @@ def _kind(axis_name: str) -> AxisKind:
     if axis_name in ("pp", "stage", "pipe", "pipeline"):
         return "stage"
     return "data" if axis_name in _DATA_NAMES else "tensor"
+
+
+def wrapped(module: nn.Module) -> str | None:
+    """The attribute that holds the wrapped model, if ``module`` is some engine's wrapper around one."""
+    return next((name for known in _KNOWN if (name := known.wrapped(module)) is not None), None)
 
 
 class Engines:
@@ -112,8 +119,29 @@ class Engines:
             merged.update(engine.placements(module, side, index, dims))
         return merged
 
+    def unknown(self, module: nn.Module, side: str, index: int) -> str:
+        return next((word for e in self.found if (word := e.unknown(module, side, index))), "")
+
+    def batch_dim(self, module: nn.Module, inputs: Any) -> int:
+        return max((e.batch_dim(module, inputs) for e in self.found), default=0)
+
+    def flattens(self, module: nn.Module, side: str) -> bool:
+        return any(e.flattens(module, side) for e in self.found)
+
+    def inner_rows(self, module: nn.Module, inputs: Any) -> int:
+        return next(e for e in self.found if e.flattens(module, "out")).inner_rows(module, inputs)
+
+    def doubt(self, module: nn.Module, side: str) -> str:
+        return next((word for e in self.found if (word := e.doubt(module, side))), "")
+
+    def late_gradients(self, module: nn.Module, side: str, index: int) -> list[tuple[int, ...]]:
+        return [line for e in self.found for line in e.late_gradients(module, side, index)]
+
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         return next((s for e in self.found if (s := e.full_shape(parameter)) is not None), None)
+
+    def stand_ins(self) -> dict[int, object]:
+        return {place: other for e in self.found for place, other in e.stand_ins().items()}
 
     def make_whole(self, twin: nn.Module) -> None:
         for engine in self.found:
@@ -169,7 +197,8 @@ class Engines:
         if finished is not None:
             return finished
         stated = {kind: p for _, s in sites for kind, p in s.stated.items()}
-        return None, GradientSite("local", stated)
+        refusal = next((s.refusal for _, s in sites if s.refusal), "")
+        return None, GradientSite("local", stated, refusal=refusal)
 
     def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor:
         for engine in self.found:

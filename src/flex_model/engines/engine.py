@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -31,12 +31,14 @@ def axes_of_mesh(mesh: DeviceMesh, kind: AxisKind, default: str) -> list[Axis]:
 class GradientSite:
     """How the gradient of one parameter is met: locally in the middle of the backward, or whole when it is done.
 
-    ``stated``: placements of the local gradient by axis kind, where the engine knows them.
+    ``stated``: placements of the local gradient by axis kind, where the engine knows them. ``refusal``: why there is
+    no full gradient.
     """
 
-    def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None) -> None:
+    def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None, *, refusal: str = "") -> None:
         self.when = when  # "local" | "finished"
         self.stated = dict(stated or {})
+        self.refusal = refusal
 
 
 class Conductor(Protocol):
@@ -74,6 +76,12 @@ class Engine:
         """The engine, if it is at work on ``module``."""
         return None
 
+    @classmethod
+    def wrapped(cls, module: nn.Module) -> str | None:
+        """The attribute that holds the wrapped model, if ``module`` is a wrapper of this engine's, with no trace in
+        the keys of state_dict."""
+        return None
+
     @property
     def axes(self) -> list[Axis]:
         """The mesh axes this engine spreads the model over."""
@@ -104,6 +112,32 @@ class Engine:
         {ranks along an axis: placement}. Axes left out are found by other evidence."""
         return {}
 
+    def unknown(self, module: nn.Module, side: str, index: int) -> str:
+        """Why a tensor of a module's input or output has no whole, whatever other evidence says; "" where it may."""
+        return ""
+
+    def batch_dim(self, module: nn.Module, inputs: Any) -> int:
+        """Which dim of the first tensor that ``module`` is called with holds the batch."""
+        return 0
+
+    def flattens(self, module: nn.Module, side: str) -> bool:
+        """Whether dim 0 of a module's input or output is two dims in one, which ``placements`` then speaks of apart,
+        because their shards are interleaved in it."""
+        return False
+
+    def inner_rows(self, module: nn.Module, inputs: Any) -> int:
+        """The size of the inner of the two dims, on this rank in this call."""
+        raise NotImplementedError(self.name)
+
+    def doubt(self, module: nn.Module, side: str) -> str:
+        """Why a copy of this module with whole parameters need not have a whole input or output; "" where it has."""
+        return ""
+
+    def late_gradients(self, module: nn.Module, side: str, index: int) -> Iterable[tuple[int, ...]]:
+        """Axes (the ranks along each) that a tensor of a module's input or output is the same along, while each rank
+        meets a part of its gradient only: this engine sums what becomes of it later."""
+        return ()
+
     def plain_class(self, module: nn.Module) -> type | None:
         """The class a module had before this engine swapped it; None where it did not."""
         return None
@@ -111,6 +145,10 @@ class Engine:
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The global shape of a parameter that does not tell itself; None: not mine."""
         return None
+
+    def stand_ins(self) -> Mapping[int, object]:
+        """{id of an object that a copy of the model must not share or copy: what takes its place there}"""
+        return {}
 
     def make_whole(self, twin: nn.Module) -> None:
         """``twin`` is a copy of the model on the meta device, with parameters of global shapes and without process

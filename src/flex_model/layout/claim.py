@@ -33,6 +33,8 @@ class Evidence:
     twin_failure: str = ""
     batch: BatchDim | None = None
     expected_shape: tuple[int | None, ...] | None = None
+    unknown: str = ""  # why there is no whole
+    late: tuple[int, ...] = ()  # axes along which gradients of replicas are parts of a sum
     # split factor of a sharded dim of this full size, or why its order is unknown
     order: Callable[[int, int], int | str] = lambda dim, size: 1
 
@@ -47,6 +49,7 @@ class Claim:
     placements: tuple[Placement, ...] = ()
     sources: tuple[str, ...] = ()
     global_shape: tuple[int | None, ...] = ()
+    late: tuple[int, ...] = ()
     refusal: str = ""
 
 
@@ -65,12 +68,15 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
     if evidence.twin is not None and len(evidence.twin) == len(shape):
         batch = evidence.batch.dim if evidence.batch else None
         full = tuple(None if d == batch else s for d, s in enumerate(evidence.twin))
-    return Claim(evidence.where, shape, mark, placements, sources, full)
+    late = tuple(i for i in evidence.late if isinstance(placements[i], Replicate))
+    return Claim(evidence.where, shape, mark, placements, sources, full, late=late)
 
 
 def _placements(
     shape: tuple[int, ...], evidence: Evidence, mesh: ModelMesh
 ) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
+    if evidence.unknown:
+        raise _Refusal(evidence.unknown)
     chosen: dict[int, tuple[Placement, str]] = dict(evidence.stated)
     data = [i for i, a in enumerate(mesh.axes) if a.kind == "data" and i not in chosen]
     tensor = [i for i, a in enumerate(mesh.axes) if a.kind == "tensor" and i not in chosen]
@@ -169,7 +175,7 @@ def agree(everyone: Sequence[Claim | None], mesh: ModelMesh) -> Layout | LayoutE
             return _error(where, problem, claims, mesh)
     ragged = tuple(_is_ragged(axis, claims, mesh) for axis in range(len(mesh.axes)))
     evidence = "; ".join(f"{n}: {s}" for n, s in zip(mesh.names, first.sources, strict=True))
-    return Layout(first.placements, evidence, _global_shape(claims, mesh), ragged, proven)
+    return Layout(first.placements, evidence, _global_shape(claims, mesh), ragged, proven, late=first.late)
 
 
 def _check_replicas(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> tuple[bool, str]:

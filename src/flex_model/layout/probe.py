@@ -51,9 +51,12 @@ def _nothing_changed(model: nn.Module) -> Iterator[None]:
 
 
 def probe_batch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: dict[str, nn.Module]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: dict[str, nn.Module], dim: int = 0
 ) -> dict[Key, list[BatchDim]]:
-    """{key: one BatchDim a tensor} for the inputs and outputs of ``watched``; raises what the model raises."""
+    """{key: one BatchDim a tensor} for the inputs and outputs of ``watched``; raises what the model raises.
+
+    ``dim`` is where the inputs hold the batch.
+    """
 
     def kept(_: Key, found: list[Tensor]) -> list[Tensor]:
         return [local(t).clone() for t in found]
@@ -70,13 +73,13 @@ def probe_batch(
             model(*inner_args, **inner_kwargs)
         return seen
 
-    batch = batch_size((args, kwargs))
+    batch = batch_size((args, kwargs), dim)
     with _nothing_changed(model):
         once = forward((args, kwargs), kept)
         try:
-            return forward(double_batch((args, kwargs)), compared)
+            return forward(double_batch((args, kwargs), dim=dim), compared)
         except Exception:
-            return forward(double_batch((args, kwargs), vectors=False), compared)
+            return forward(double_batch((args, kwargs), vectors=False, dim=dim), compared)
 
 
 def _batch_dim(once: Tensor, twice: Tensor, batch: int | None) -> BatchDim:

@@ -105,6 +105,8 @@ class Wholeness(Protocol):
 
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None: ...
 
+    def stand_ins(self) -> dict[int, object]: ...
+
     def make_whole(self, twin: nn.Module) -> None: ...
 
     def alone(self) -> AbstractContextManager[None]: ...
@@ -130,6 +132,7 @@ def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
         plain = engines.plain_class(module)
         if plain is not None:
             object.__setattr__(module, "__class__", plain)
+    memo.update(engines.stand_ins())
     for tensor in (*model.parameters(), *model.buffers()):
         is_parameter = isinstance(tensor, nn.Parameter)
         if not is_parameter and not tensor.is_floating_point():
@@ -159,20 +162,23 @@ class TwinShapes:
 class Twin:
     """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
 
-    def __init__(self, model: nn.Module, engines: Wholeness) -> None:
-        self._model, self._engines = model, engines
+    def __init__(self, model: nn.Module, engines: Wholeness, dim: int = 0) -> None:
+        """``dim`` is where the model's inputs hold the batch."""
+        self._model, self._engines, self._dim = model, engines, dim
 
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
         """``names`` are the watched modules of the real model by clean name."""
         out = TwinShapes()
-        try:
-            out.once = self._run(args, kwargs, names, 1)
-            out.twice = self._run(args, kwargs, names, 2)
-        except Exception as error:
-            out.failure = f"{type(error).__name__}: {str(error)[:200]}"
+        for times, into in ((1, out.once), (2, out.twice)):
+            try:
+                self._run(args, kwargs, names, times, into)
+            except Exception as error:  # what was met before is no less true
+                out.failure = out.failure or f"{type(error).__name__}: {str(error)[:200]}"
         return out
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int) -> Shapes:
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int, into: Shapes
+    ) -> None:
         with _stripped(self._model, self._engines) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
@@ -183,19 +189,19 @@ class Twin:
             tensor = tensor.detach()
             return tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
 
-        def shapes(_: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
-            return [tuple(t.shape) for t in found]
+        def note(key: Key, found: list[Tensor]) -> None:
+            into[key] = [tuple(t.shape) for t in found]
 
-        args, kwargs = copy_tree(double_batch((args, kwargs)) if times == 2 else (args, kwargs), convert)
+        inputs = double_batch((args, kwargs), dim=self._dim) if times == 2 else (args, kwargs)
+        args, kwargs = copy_tree(inputs, convert)
         with (
             torch.no_grad(),
             self._engines.alone(),
             _nonzero_is_full(),
-            recorded(watched, shapes) as seen,
+            recorded(watched, note),
             _IntegersAreReal(),
         ):
             twin(*args, **kwargs)
-        return seen
 
 
 @contextmanager
