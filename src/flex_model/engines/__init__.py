@@ -16,6 +16,7 @@ from flex_model.engines.accelerate import AccelerateEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
 from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_mesh
+from flex_model.engines.fairscale import FairscaleEngine
 from flex_model.engines.fsdp1 import FSDP1Engine
 from flex_model.engines.fsdp2 import FSDP2Engine
 from flex_model.engines.hf import TransformersEngine
@@ -29,6 +30,7 @@ _KNOWN: tuple[type[Engine], ...] = (
     DDPEngine,
     FSDP1Engine,
     FSDP2Engine,
+    FairscaleEngine,
     TransformersEngine,
     PipeliningEngine,
     DTensorEngine,

@@ -25,7 +25,7 @@ from flex_model.layout.record import Key, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
-__all__ = ["Twin", "TwinShapes"]
+__all__ = ["Opaque", "Twin", "TwinShapes"]
 
 aten = torch.ops.aten
 Shapes = dict[Key, list[tuple[int, ...]]]
@@ -98,6 +98,10 @@ def _is_mesh_state(value: object) -> bool:
     return isinstance(value, (dist.ProcessGroup, DeviceMesh))
 
 
+class Opaque(Exception):
+    """The twin met a module that nobody knows without the ranks; what it saw before stands."""
+
+
 class Wholeness(Protocol):
     """What engines know of the model without them."""
 
@@ -165,9 +169,11 @@ class Twin:
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
         """``names`` are the watched modules of the real model by clean name."""
         out = TwinShapes()
+        self._stopped = ""
         try:
             out.once = self._run(args, kwargs, names, 1)
             out.twice = self._run(args, kwargs, names, 2)
+            out.failure = self._stopped
         except Exception as error:
             out.failure = f"{type(error).__name__}: {str(error)[:200]}"
         return out
@@ -194,7 +200,10 @@ class Twin:
             recorded(watched, shapes) as seen,
             _IntegersAreReal(),
         ):
-            twin(*args, **kwargs)
+            try:
+                twin(*args, **kwargs)
+            except Opaque as stop:
+                self._stopped = str(stop)
         return seen
 
 
