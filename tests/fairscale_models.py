@@ -67,7 +67,12 @@ def row(parallel: bool) -> Make:
 KINDS: dict[str, dict[str, Any]] = {
     "fairscale": {"emb": VocabParallelEmbedding, "up": column(False), "down": row(True), "head": column(True)},
     "fairscale_gathered": {"emb": ParallelEmbedding, "up": column(True), "down": row(False), "head": column(True)},
-    "fairscale_local_head": {"emb": VocabParallelEmbedding, "up": column(False), "down": row(True), "head": column(False)},
+    "fairscale_local_head": {
+        "emb": VocabParallelEmbedding,
+        "up": column(False),
+        "down": row(True),
+        "head": column(False),
+    },
 }
 
 
@@ -227,6 +232,14 @@ def llama(**sizes: Any) -> tuple[nn.Module, nn.Module]:
 
 def with_ddp(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, process_group=fs_init.get_data_parallel_group())
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """What a training loop of fairscale's without DDP does itself."""
+    for parameter in model.parameters():
+        if parameter.grad is not None and fs_init.get_data_parallel_world_size() > 1:
+            dist.all_reduce(parameter.grad, group=fs_init.get_data_parallel_group())
+            parameter.grad /= fs_init.get_data_parallel_world_size()
 
 
 def batch_part(full: Tensor) -> Tensor:

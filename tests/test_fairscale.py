@@ -9,7 +9,6 @@ import fairscale_models
 import models
 import parity
 import pytest
-import torch
 from worlds import run_world
 
 

@@ -168,7 +168,9 @@ class Inference:
             stated=stated,
             batch=self._batch_dim(key, spot.index),
             expected_shape=expected,
-            order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
+            order=lambda dim, size: (
+                self._disorder(key, spot.index) or self.engines.order(module, spot.side, dim - value.dim(), size)
+            ),
             **self._twin_shapes(key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
@@ -210,6 +212,9 @@ class Inference:
             "twin_twice": twice[index] if twice is not None and index < len(twice) else None,
             "twin_failure": self._twin.failure,
         }
+
+    def _disorder(self, key: Key, index: int) -> str | None:
+        return None if self._twin is None else self._twin.disordered.get((key, index))
 
     def _batch_dim(self, key: Key, index: int) -> BatchDim | None:
         if self._batch is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -153,6 +153,12 @@ class Engines:
             for engine in self.found:
                 stack.enter_context(engine.alone())
             yield
+
+    @contextmanager
+    def mimicked(self) -> Iterator[Callable[[nn.Module], None] | None]:
+        with ExitStack() as stack:
+            found = [stack.enter_context(engine.mimicked()) for engine in self.found]
+            yield next((prepare for prepare in found if prepare is not None), None)
 
     def plain_class(self, module: nn.Module) -> type | None:
         return next((c for e in self.found if (c := e.plain_class(module)) is not None), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -120,6 +120,12 @@ class Engine:
     def alone(self) -> Iterator[None]:
         """Code in here runs as if this rank were the only one: for the twin, which must not talk to others."""
         yield
+
+    @contextmanager
+    def mimicked(self) -> Iterator[Callable[[nn.Module], None] | None]:
+        """Code of a copy with this rank's sizes runs in here as on this rank among the others, but without them, once
+        the copy was passed to what is yielded. None: it cannot, and the order of shards is not checked that way."""
+        yield None
 
     # -- pipelines ---------------------------------------------------------------------------------------------
     no_backward: ClassVar[str] = ""  # why nothing goes backward through this engine's pipeline

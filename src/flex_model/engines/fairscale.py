@@ -7,7 +7,7 @@ whole, and with the sizes that a user's module keeps for itself read from its so
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils._python_dispatch import _disable_current_modes
 
 from flex_model.engines.engine import Engine, GradientSite
 from flex_model.engines.own_sizes import Calls, own_sizes, uses, whole_value
-from flex_model.engines.solo import known, solo_group
+from flex_model.engines.solo import known, silent_group
 from flex_model.errors import LayoutError
 from flex_model.layout.mesh import Axis
 from flex_model.layout.twin import Opaque
@@ -102,7 +103,8 @@ class FairscaleEngine(Engine):
         self._group: dist.ProcessGroup = groups.get_model_parallel_group()
         self._line = tuple(dist.get_process_group_ranks(self._group))
         self._data = tuple(dist.get_process_group_ranks(groups.get_data_parallel_group()))
-        self._solo = solo_group()
+        self._solo = silent_group()
+        self._silent = silent_group(dist.get_rank(self._group), len(self._line))
 
     @property
     def axes(self) -> list[Axis]:
@@ -172,18 +174,32 @@ class FairscaleEngine(Engine):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        groups = _groups()
-        names = [*_GLOBALS, "_PIPELINE_PARALLEL_RANKS"]
-        before = {name: getattr(groups, name) for name in names}
-        with known(self._solo):
-            for name in _GLOBALS:
-                setattr(groups, name, self._solo)
-            groups._PIPELINE_PARALLEL_RANKS = [dist.get_rank()]
-            try:
-                yield
-            finally:
-                for name, value in before.items():
-                    setattr(groups, name, value)
+        with known(self._solo), _replaced(_groups(), dict.fromkeys(_GLOBALS, self._solo)):
+            yield
+
+    @contextmanager
+    def mimicked(self) -> Iterator[Callable[[nn.Module], None]]:
+        mappings = sys.modules["fairscale.nn.model_parallel.mappings"]
+        groups = {**dict.fromkeys(_GLOBALS, self._solo), "_MODEL_PARALLEL_GROUP": self._silent}
+        with known(self._solo), known(self._silent), _replaced(_groups(), groups):
+            # unseen by the twin's modes: without other ranks these are no operations at all
+            moves = {"_reduce": lambda _, x: x, "_gather": self._as_gathered, "_split": self._as_split}
+            with _replaced(mappings, moves if len(self._line) > 1 else {}):
+                yield self._silence
+
+    def _silence(self, copied: nn.Module) -> None:
+        for module in copied.modules():
+            for attribute, local in own_sizes(type(module), _CALLS).items() if _layer(module) is None else ():
+                if local.is_group:
+                    setattr(module, attribute, self._silent)
+
+    def _as_gathered(self, x: Tensor) -> Tensor:
+        with _disable_current_modes():
+            return x.new_empty((*x.shape[:-1], x.shape[-1] * len(self._line)))
+
+    def _as_split(self, x: Tensor) -> Tensor:
+        with _disable_current_modes():
+            return x.new_empty((*x.shape[:-1], x.shape[-1] // len(self._line)))
 
     # -- parameters ----------------------------------------------------------------------------------------------
     def _sharded_dim(self, owner: nn.Module, attribute: str) -> int | None:
@@ -210,6 +226,19 @@ class FairscaleEngine(Engine):
                 f"fairscale's own, and its module splits it. Local shapes by rank: {shapes}."
             )
         return local.clone()
+
+
+@contextmanager
+def _replaced(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Other globals in a module for the time of the block."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 def _stop(name: str, module: nn.Module, why: str) -> None:

@@ -12,12 +12,12 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["Calls", "Local", "own_sizes", "uses", "whole_value"]
 
@@ -40,8 +40,8 @@ class Calls:
 class Local:
     """How a value scales: without the ranks it is its local self times (number of ranks) ** ``power``.
 
-    ``dims``: the same for each size of a shape, or dim of a tensor of that shape. ``is_rank``: it is this rank's number. ``is_group``: a process group.
-    ``problem``: why nothing is known.
+    ``dims``: the same for each size of a shape, or dim of a tensor of that shape. ``is_rank``: it is this rank's
+    number. ``is_group``: a process group. ``problem``: why nothing is known.
     """
 
     power: int = 0
@@ -106,7 +106,7 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-@lru_cache(maxsize=None)
+@cache
 def uses(cls: type, names: frozenset[str]) -> frozenset[str]:
     """Which of ``names`` the bytecode of a class's methods looks up."""
     found: set[str] = set()
@@ -116,16 +116,15 @@ def uses(cls: type, names: frozenset[str]) -> frozenset[str]:
     return names & found
 
 
-@lru_cache(maxsize=None)
+@cache
 def own_sizes(cls: type, calls: Calls) -> dict[str, Local]:
     """{attribute: how it scales} of what a module of this class keeps and would not be the same without the ranks."""
     reader = _Reader(calls)
     for own in _own_classes(cls):
         for method in _methods(own):
-            if method.__name__ == "forward" or not _names(method.__code__) & (calls.sizes | calls.ranks | calls.groups):
-                if method.__name__ != "__init__":
-                    continue
-            reader.read(method)
+            asks = _names(method.__code__) & (calls.sizes | calls.ranks | calls.groups)
+            if method.__name__ == "__init__" or (asks and method.__name__ != "forward"):
+                reader.read(method)
     return {name: local for name, local in reader.kept.items() if not local.same}
 
 
@@ -240,6 +239,10 @@ class _Reader:
             return self.either(self.value(node.body), self.value(node.orelse))
         if isinstance(node, ast.Call):
             return self.call(node)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            dims, index = self.value(node.value).dims, node.slice.value
+            if dims is not None and isinstance(index, int) and index < len(dims):
+                return Local(dims[index])
         if isinstance(node, ast.Starred):
             return self.value(node.value)
         if isinstance(node, (ast.Tuple, ast.List)):

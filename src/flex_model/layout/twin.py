@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flex_model.layout.moves import Trace, out_of_order
 from flex_model.layout.record import Key, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
@@ -40,9 +41,18 @@ def _to_meta(tensor: Tensor) -> Tensor:
 class _IntegersAreReal(TorchDispatchMode):
     """Floats are meta, integers and bools are real; an op that mixes them is meta."""
 
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        result = self._run(func, args, kwargs, tensors)
+        self._trace.note(func, args, tensors, result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         on_meta = any(t.is_meta for t in tensors)
         if on_meta and func in _SUBSTITUTES:
             return _SUBSTITUTES[func](*args, **kwargs)
@@ -113,9 +123,21 @@ class Wholeness(Protocol):
 
     def alone(self) -> AbstractContextManager[None]: ...
 
+    def mimicked(self) -> AbstractContextManager[Callable[[nn.Module], None] | None]: ...
+
+
+class _AsItIs:
+    """The model with this rank's sizes, and no other ranks to talk to."""
+
+    def __init__(self, engines: Wholeness) -> None:
+        self.plain_class = engines.plain_class
+
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        return None
+
 
 @contextmanager
-def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
+def _stripped(model: nn.Module, engines: Wholeness | _AsItIs) -> Iterator[dict[int, Any]]:
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
@@ -153,11 +175,22 @@ def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
 
 @dataclass
 class TwinShapes:
-    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``)."""
+    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``).
+
+    ``disordered``: why the order of what is sharded is unknown there.
+    """
 
     once: Shapes = field(default_factory=dict)
     twice: Shapes = field(default_factory=dict)
     failure: str = ""
+    disordered: dict[tuple[Key, int], str] = field(default_factory=dict)
+
+
+class _Run(NamedTuple):
+    shapes: Shapes
+    numbers: dict[Key, list[int]]  # of the same tensors in the trace
+    trace: Trace
+    stopped: str  # why it did not come to its end
 
 
 class Twin:
@@ -169,19 +202,41 @@ class Twin:
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
         """``names`` are the watched modules of the real model by clean name."""
         out = TwinShapes()
-        self._stopped = ""
         try:
-            out.once = self._run(args, kwargs, names, 1)
-            out.twice = self._run(args, kwargs, names, 2)
-            out.failure = self._stopped
+            once = self._whole((args, kwargs), names)
+            out.once, out.failure = once.shapes, once.stopped
+            out.twice = self._whole(double_batch((args, kwargs)), names).shapes
         except Exception as error:
             out.failure = f"{type(error).__name__}: {str(error)[:200]}"
+            return out
+        out.disordered = self._disordered((args, kwargs), names, once)
         return out
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int) -> Shapes:
+    def _whole(self, inputs: Any, names: dict[str, nn.Module]) -> _Run:
         with _stripped(self._model, self._engines) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
+        with self._engines.alone():
+            return self._run(twin, inputs, names)
+
+    def _disordered(self, inputs: Any, names: dict[str, nn.Module], whole: _Run) -> dict[tuple[Key, int], str]:
+        """Where the model moves elements so that its shards are not in the order of the ranks."""
+        with self._engines.mimicked() as prepare:
+            if prepare is None:
+                return {}
+            try:
+                with _stripped(self._model, _AsItIs(self._engines)) as memo:
+                    copied = copy.deepcopy(self._model, memo)
+                prepare(copied)
+                local = self._run(copied, inputs, names)
+                why = out_of_order(local.trace, whole.trace, cut=bool(whole.stopped))
+            except Exception as error:
+                reason = f"its order could not be checked ({type(error).__name__}: {str(error)[:200]})"
+                return {(key, i): reason for key, found in whole.numbers.items() for i in range(len(found))}
+        places = [((key, i), n) for key, found in whole.numbers.items() for i, n in enumerate(found)]
+        return {place: why[n] for place, n in places if n in why}
+
+    def _run(self, twin: nn.Module, inputs: Any, names: dict[str, nn.Module]) -> _Run:
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
         watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
 
@@ -189,22 +244,19 @@ class Twin:
             tensor = tensor.detach()
             return tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
 
-        def shapes(_: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
+        trace, numbers, stopped = Trace(), {}, ""
+
+        def shapes(key: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
+            numbers[key] = [trace.number(t) for t in found]
             return [tuple(t.shape) for t in found]
 
-        args, kwargs = copy_tree(double_batch((args, kwargs)) if times == 2 else (args, kwargs), convert)
-        with (
-            torch.no_grad(),
-            self._engines.alone(),
-            _nonzero_is_full(),
-            recorded(watched, shapes) as seen,
-            _IntegersAreReal(),
-        ):
+        args, kwargs = copy_tree(inputs, convert)
+        with torch.no_grad(), _nonzero_is_full(), recorded(watched, shapes) as seen, _IntegersAreReal(trace):
             try:
                 twin(*args, **kwargs)
             except Opaque as stop:
-                self._stopped = str(stop)
-        return seen
+                stopped = str(stop)
+        return _Run(seen, numbers, trace, stopped)
 
 
 @contextmanager
