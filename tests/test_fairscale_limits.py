@@ -7,16 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import fairscale_models
+import models
 import pytest
 import torch
 from fairscale.nn.model_parallel import initialize as fs_init
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, gather_from_model_parallel_region
 from oracle import relative_error
+from test_delivery import Wire
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
 from worlds import run_world
 
-from flex_model import DummyModule, FlexModel
-from flex_model.errors import LayoutError
+from flex_model import DummyModule, FlexModel, HookFunction
+from flex_model.errors import LayoutError, MeshError
 
 WIDTH, HEADS = 8, 4
 

@@ -69,7 +69,7 @@ def _groups() -> Any:
     return module if module is not None and module.model_parallel_is_initialized() else None
 
 
-def _base(module: nn.Module) -> type | None:
+def _base(module: nn.Module) -> Any:
     """The fairscale class a module is of."""
     return next(
         (c for c in type(module).__mro__ if c.__name__ in _LAYERS and c.__module__.startswith("fairscale.")), None
@@ -91,7 +91,7 @@ class FairscaleEngine(Engine):
         if _groups() is None:
             return None
         modules = list(module.modules())
-        if not any(_layer(m) is not None or uses(type(m), _MOVING) for m in modules):
+        if not any(_layer(m) is not None or uses(m, _MOVING) for m in modules):
             return None
         if any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in modules):
             raise LayoutError("fairscale's layers under FSDP are not supported: use DDP over its data parallel group.")
@@ -155,11 +155,10 @@ class FairscaleEngine(Engine):
 
     def _make_own_whole(self, name: str, module: nn.Module) -> None:
         """A user's module: the sizes it keeps, or an end to the twin where they cannot be known."""
-        kind = type(module)
-        if uses(kind, _MOVING) and any(p is not None for p in module._parameters.values()):
+        if uses(module, _MOVING) and any(p is not None for p in module._parameters.values()):
             _stop(name, module, "it calls fairscale's collectives and has parameters of its own")
             return
-        for attribute, local in own_sizes(kind, _CALLS).items():
+        for attribute, local in own_sizes(module, _CALLS).items():
             if local.is_group:
                 setattr(module, attribute, self._solo)
                 continue
@@ -189,9 +188,11 @@ class FairscaleEngine(Engine):
 
     def _silence(self, copied: nn.Module) -> None:
         for module in copied.modules():
-            for attribute, local in own_sizes(type(module), _CALLS).items() if _layer(module) is None else ():
+            for attribute, local in own_sizes(module, _CALLS).items() if _layer(module) is None else ():
                 if local.is_group:
                     setattr(module, attribute, self._silent)
+                elif isinstance(value := getattr(module, attribute, None), Tensor):
+                    setattr(module, attribute, value.to("meta"))  # as the twin's
 
     def _as_gathered(self, x: Tensor) -> Tensor:
         with _disable_current_modes():
@@ -219,7 +220,7 @@ class FairscaleEngine(Engine):
         if dim is not None:
             return torch.cat(all_gather_parts(local, [local.shape] * len(self._line), self._group), dim)
         found = all_gather_objects(digest(local), self._group)
-        if not same(found) or (_layer(owner) is None and uses(type(owner), _MOVING)):
+        if not same(found) or (_layer(owner) is None and uses(owner, _MOVING)):
             shapes = dict(zip(self._line, [d.shape for d in found], strict=True))
             raise LayoutError(
                 f"{attribute} of {type(owner).__name__}: the full parameter is unknown: it is in no layer of "

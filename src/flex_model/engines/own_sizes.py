@@ -17,7 +17,7 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Calls", "Local", "own_sizes", "uses", "whole_value"]
 
@@ -59,7 +59,7 @@ class Local:
 _SAME = Local()
 _KEPT_BY = frozenset({"cuda", "cpu", "to", "half", "float", "bfloat16", "contiguous", "clone", "detach", "int"})
 _MADE_BY = frozenset({"zeros", "ones", "empty", "rand", "randn"})
-_DIVIDED_BY = frozenset({"divide", "divide_and_check_no_remainder", "divmod_exact"})
+_DIVIDED_BY = frozenset({"divide", "divide_and_check_no_remainder"})
 _PASSED_BY = frozenset({"int", "float", "round", "Size", "tuple", "Parameter", "Buffer"})
 
 
@@ -106,9 +106,14 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
+def uses(module: nn.Module, names: frozenset[str]) -> frozenset[str]:
+    """Which of ``names`` the bytecode of a module's methods looks up."""
+    kind: Any = type(module)
+    return _uses(kind, names)
+
+
 @cache
-def uses(cls: type, names: frozenset[str]) -> frozenset[str]:
-    """Which of ``names`` the bytecode of a class's methods looks up."""
+def _uses(cls: type, names: frozenset[str]) -> frozenset[str]:
     found: set[str] = set()
     for own in _own_classes(cls):
         for method in _methods(own):
@@ -116,9 +121,14 @@ def uses(cls: type, names: frozenset[str]) -> frozenset[str]:
     return names & found
 
 
+def own_sizes(module: nn.Module, calls: Calls) -> dict[str, Local]:
+    """{attribute: how it scales} of what a module keeps and would not be the same without the ranks."""
+    kind: Any = type(module)
+    return _own_sizes(kind, calls)
+
+
 @cache
-def own_sizes(cls: type, calls: Calls) -> dict[str, Local]:
-    """{attribute: how it scales} of what a module of this class keeps and would not be the same without the ranks."""
+def _own_sizes(cls: type, calls: Calls) -> dict[str, Local]:
     reader = _Reader(calls)
     for own in _own_classes(cls):
         for method in _methods(own):
@@ -207,8 +217,8 @@ class _Reader:
         arguments = [self.value(a) for a in (*node.args, *(k.value for k in node.keywords))]
         if text in ("self.register_buffer", "self.register_parameter") and len(arguments) > 1:
             name = node.args[0]
-            if isinstance(name, ast.Constant):
-                self.kept[str(name.value)] = self.known[f"self.{name.value}"] = arguments[1]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                self.kept[name.value] = self.known[f"self.{name.value}"] = arguments[1]
         elif text.startswith("self.") and text.count(".") > 1:
             owner = text.split(".")[1]
             bad = next((a for a in arguments if not a.same), None)

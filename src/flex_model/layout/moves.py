@@ -30,6 +30,7 @@ _VIEWS = frozenset(
         aten.unflatten.int,
         aten.flatten.using_ints,
         aten.alias.default,
+        aten.view_as.default,
     }
 )
 _Shape = tuple[int, ...]
