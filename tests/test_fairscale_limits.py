@@ -319,6 +319,29 @@ def test_under_fsdp_it_is_refused() -> None:
     assert all("under FSDP" in message for message in run_world(2, _fsdp))
 
 
+class Squashed(ColumnParallelLinear):
+    """A subclass with a forward of its own: only the twin can tell what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gather_from_model_parallel_region(super().forward(x).tanh())
+
+
+def _subclass() -> list[tuple[int, ...]]:
+    fairscale_models.start()
+    model = nn.Sequential(nn.LayerNorm(WIDTH), Squashed(WIDTH, WIDTH, gather_output=False), nn.Tanh())
+    fm = FlexModel(model)
+    with fm.capture("*") as acts:
+        out = fm(torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(acts["2"], out)
+    full = fm.get_module_parameter("1.weight")
+    assert torch.equal(fairscale_models.part(full, 0), model[1].weight)
+    return [tuple(acts[n].shape) for n in ("0", "1", "2")]
+
+
+def test_a_subclass_with_its_own_forward() -> None:
+    assert run_world(2, _subclass) == [[(2, 3, WIDTH)] * 3] * 2
+
+
 # -- what is moved within a module -------------------------------------------------------------------------------
 class Merges(Heads):
     """Batch and heads in one dim, as some attentions do, and apart again."""

@@ -111,6 +111,11 @@ class FairscaleEngine(Engine):
         return [Axis("dp", "data", self._data), Axis("tp", "tensor", self._line)]
 
     @property
+    def alive(self) -> bool:
+        groups = _groups()
+        return groups is not None and groups.get_model_parallel_group() in (self._group, self._solo, self._silent)
+
+    @property
     def lockstep(self) -> bool:
         # As under DDP: whoever reduces gradients over the data group keeps steps together, evaluation need not.
         return len(self._data) == 1 or torch.is_grad_enabled()
