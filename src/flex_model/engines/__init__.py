@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -22,6 +22,7 @@ from flex_model.engines.fsdp2 import FSDP2Engine
 from flex_model.engines.hf import TransformersEngine
 from flex_model.engines.pipelining import PipeliningEngine, stages_made
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
+from flex_model.layout.twin import Mimic
 
 __all__ = ["Conductor", "Engine", "Engines", "GradientSite"]
 
@@ -155,10 +156,10 @@ class Engines:
             yield
 
     @contextmanager
-    def mimicked(self) -> Iterator[Callable[[nn.Module], None] | None]:
+    def mimicked(self) -> Iterator[Mimic | None]:
         with ExitStack() as stack:
             found = [stack.enter_context(engine.mimicked()) for engine in self.found]
-            yield next((prepare for prepare in found if prepare is not None), None)
+            yield next((mimic for mimic in found if mimic is not None), None)
 
     def plain_class(self, module: nn.Module) -> type | None:
         return next((c for e in self.found if (c := e.plain_class(module)) is not None), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.layout.mesh import Axis, AxisKind
+from flex_model.layout.twin import Mimic
 
 __all__ = ["Conductor", "Engine", "GradientSite", "axes_of_mesh"]
 
@@ -122,9 +123,9 @@ class Engine:
         yield
 
     @contextmanager
-    def mimicked(self) -> Iterator[Callable[[nn.Module], None] | None]:
-        """Code of a copy with this rank's sizes runs in here as on this rank among the others, but without them, once
-        the copy was passed to what is yielded. None: it cannot, and the order of shards is not checked that way."""
+    def mimicked(self) -> Iterator[Mimic | None]:
+        """Code of a copy with this rank's sizes runs in here as on this rank among the others, but without them.
+        None: it cannot, and the order of shards is not checked that way."""
         yield None
 
     # -- pipelines ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ whole, and with the sizes that a user's module keeps for itself read from its so
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -25,7 +25,7 @@ from flex_model.engines.own_sizes import Calls, own_sizes, uses, whole_value
 from flex_model.engines.solo import known, silent_group
 from flex_model.errors import LayoutError
 from flex_model.layout.mesh import Axis
-from flex_model.layout.twin import Opaque
+from flex_model.layout.twin import Mimic, Opaque
 from flex_model.layout.values import digest, same
 from flex_model.routing.collectives import all_gather_objects, all_gather_parts
 
@@ -182,14 +182,14 @@ class FairscaleEngine(Engine):
             yield
 
     @contextmanager
-    def mimicked(self) -> Iterator[Callable[[nn.Module], None]]:
+    def mimicked(self) -> Iterator[Mimic]:
         mappings = sys.modules["fairscale.nn.model_parallel.mappings"]
         groups = {**dict.fromkeys(_GLOBALS, self._solo), "_MODEL_PARALLEL_GROUP": self._silent}
         with known(self._solo), known(self._silent), _replaced(_groups(), groups):
             # unseen by the twin's modes: without other ranks these are no operations at all
             moves = {"_reduce": lambda _, x: x, "_gather": self._as_gathered, "_split": self._as_split}
             with _replaced(mappings, moves if len(self._line) > 1 else {}):
-                yield self._silence
+                yield Mimic(self._silence)
 
     def _silence(self, copied: nn.Module) -> None:
         for module in copied.modules():

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flex_model.layout.layout import shard_dim
 from flex_model.layout.moves import Trace, out_of_order
 from flex_model.layout.record import Key, double_batch, recorded
 from flex_model.layout.values import sharding
@@ -112,6 +113,15 @@ class Opaque(Exception):
     """The twin met a module that nobody knows without the ranks; what it saw before stands."""
 
 
+@dataclass(frozen=True, slots=True)
+class Mimic:
+    """How this rank is played without the others: ``prepare`` readies a copy of its size. Not ``exact``: the code may
+    fail without the others, and shows nothing then."""
+
+    prepare: Callable[[nn.Module], None] = lambda copied: None
+    exact: bool = True
+
+
 class Wholeness(Protocol):
     """What engines know of the model without them."""
 
@@ -123,7 +133,7 @@ class Wholeness(Protocol):
 
     def alone(self) -> AbstractContextManager[None]: ...
 
-    def mimicked(self) -> AbstractContextManager[Callable[[nn.Module], None] | None]: ...
+    def mimicked(self) -> AbstractContextManager[Mimic | None]: ...
 
 
 class _AsItIs:
@@ -132,8 +142,15 @@ class _AsItIs:
     def __init__(self, engines: Wholeness) -> None:
         self.plain_class = engines.plain_class
 
-    def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
-        return None
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        spec = sharding(parameter)
+        shape = list(parameter.shape if spec is None else spec.shape)
+        dim = None if spec is None else shard_dim(spec.placements[-1])  # those before it are of data axes
+        if dim is not None:
+            ranks, rank = spec.mesh.size(-1), spec.mesh.get_local_rank(spec.mesh.ndim - 1)
+            most = -(-shape[dim] // ranks)
+            shape[dim] = max(0, min(most, shape[dim] - rank * most))
+        return tuple(shape)
 
 
 @contextmanager
@@ -161,7 +178,7 @@ def _stripped(model: nn.Module, engines: Wholeness | _AsItIs) -> Iterator[dict[i
         if not is_parameter and not tensor.is_floating_point():
             continue
         spec = sharding(tensor)  # it knows the global shape
-        full = tuple(spec.shape) if spec is not None else engines.full_shape(tensor) or tuple(tensor.shape)
+        full = engines.full_shape(tensor) or tuple(tensor.shape if spec is None else spec.shape)
         blank = torch.empty(full, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
     try:
@@ -221,16 +238,18 @@ class Twin:
 
     def _disordered(self, inputs: Any, names: dict[str, nn.Module], whole: _Run) -> dict[tuple[Key, int], str]:
         """Where the model moves elements so that its shards are not in the order of the ranks."""
-        with self._engines.mimicked() as prepare:
-            if prepare is None:
+        with self._engines.mimicked() as mimic:
+            if mimic is None:
                 return {}
             try:
                 with _stripped(self._model, _AsItIs(self._engines)) as memo:
                     copied = copy.deepcopy(self._model, memo)
-                prepare(copied)
+                mimic.prepare(copied)
                 local = self._run(copied, inputs, names)
                 why = out_of_order(local.trace, whole.trace, cut=bool(whole.stopped))
             except Exception as error:
+                if not mimic.exact:
+                    return {}
                 reason = f"its order could not be checked ({type(error).__name__}: {str(error)[:200]})"
                 return {(key, i): reason for key, found in whole.numbers.items() for i in range(len(found))}
         places = [((key, i), n) for key, found in whole.numbers.items() for i, n in enumerate(found)]
