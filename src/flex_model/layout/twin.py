@@ -42,7 +42,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
 class _IntegersAreReal(TorchDispatchMode):
     """Floats are meta, integers and bools are real; an op that mixes them is meta."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace | None) -> None:
         super().__init__()
         self._trace = trace
 
@@ -50,7 +50,8 @@ class _IntegersAreReal(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         result = self._run(func, args, kwargs, tensors)
-        self._trace.note(func, args, tensors, result)
+        if self._trace is not None:
+            self._trace.note(func, args, tensors, result)
         return result
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
@@ -206,7 +207,6 @@ class TwinShapes:
 class _Run(NamedTuple):
     shapes: Shapes
     numbers: dict[Key, list[int]]  # of the same tensors in the trace
-    trace: Trace
     stopped: str  # why it did not come to its end
 
 
@@ -220,23 +220,26 @@ class Twin:
         """``names`` are the watched modules of the real model by clean name."""
         out = TwinShapes()
         try:
-            once = self._whole((args, kwargs), names)
+            trace = Trace()
+            once = self._whole((args, kwargs), names, trace)
             out.once, out.failure = once.shapes, once.stopped
             out.twice = self._whole(double_batch((args, kwargs)), names).shapes
         except Exception as error:
             out.failure = f"{type(error).__name__}: {str(error)[:200]}"
             return out
-        out.disordered = self._disordered((args, kwargs), names, once)
+        out.disordered = self._disordered((args, kwargs), names, once, trace)
         return out
 
-    def _whole(self, inputs: Any, names: dict[str, nn.Module]) -> _Run:
+    def _whole(self, inputs: Any, names: dict[str, nn.Module], trace: Trace | None = None) -> _Run:
         with _stripped(self._model, self._engines) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
         with self._engines.alone():
-            return self._run(twin, inputs, names)
+            return self._run(twin, inputs, names, trace)
 
-    def _disordered(self, inputs: Any, names: dict[str, nn.Module], whole: _Run) -> dict[tuple[Key, int], str]:
+    def _disordered(
+        self, inputs: Any, names: dict[str, nn.Module], whole: _Run, trace: Trace
+    ) -> dict[tuple[Key, int], str]:
         """Where the model moves elements so that its shards are not in the order of the ranks."""
         with self._engines.mimicked() as mimic:
             if mimic is None:
@@ -245,8 +248,9 @@ class Twin:
                 with _stripped(self._model, _AsItIs(self._engines)) as memo:
                     copied = copy.deepcopy(self._model, memo)
                 mimic.prepare(copied)
-                local = self._run(copied, inputs, names)
-                why = out_of_order(local.trace, whole.trace, cut=bool(whole.stopped))
+                local = Trace()
+                self._run(copied, inputs, names, local)
+                why = out_of_order(local, trace, cut=bool(whole.stopped))
             except Exception as error:
                 if not mimic.exact:
                     return {}
@@ -255,7 +259,7 @@ class Twin:
         places = [((key, i), n) for key, found in whole.numbers.items() for i, n in enumerate(found)]
         return {place: why[n] for place, n in places if n in why}
 
-    def _run(self, twin: nn.Module, inputs: Any, names: dict[str, nn.Module]) -> _Run:
+    def _run(self, twin: nn.Module, inputs: Any, names: dict[str, nn.Module], trace: Trace | None) -> _Run:
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
         watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
 
@@ -263,10 +267,11 @@ class Twin:
             tensor = tensor.detach()
             return tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
 
-        trace, numbers, stopped = Trace(), {}, ""
+        numbers: dict[Key, list[int]] = {}
+        stopped = ""
 
         def shapes(key: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
-            numbers[key] = [trace.number(t) for t in found]
+            numbers[key] = [] if trace is None else [trace.number(t) for t in found]
             return [tuple(t.shape) for t in found]
 
         args, kwargs = copy_tree(inputs, convert)
@@ -275,7 +280,7 @@ class Twin:
                 twin(*args, **kwargs)
             except Opaque as stop:
                 stopped = str(stop)
-        return _Run(seen, numbers, trace, stopped)
+        return _Run(seen, numbers, stopped)
 
 
 @contextmanager
