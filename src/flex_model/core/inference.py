@@ -173,7 +173,9 @@ class Inference:
             if len(spot.override) == len(self.mesh.axes)
             else self.engines.unknown(module, spot.side, spot.index),
             late=self._on_axes(self.engines.late_gradients(module, spot.side, spot.index)),
-            order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
+            order=lambda dim, size: (
+                self._disorder(key, spot.index) or self.engines.order(module, spot.side, dim - value.dim(), size)
+            ),
             **self._twin_shapes(module, key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
@@ -224,6 +226,9 @@ class Inference:
             "twin_twice": twice[index] if twice is not None and index < len(twice) else None,
             "twin_failure": self._twin.failure,
         }
+
+    def _disorder(self, key: Key, index: int) -> str | None:
+        return None if self._twin is None else self._twin.disordered.get((key, index))
 
     def _batch_dim(self, key: Key, index: int) -> BatchDim | None:
         if self._batch is None:

@@ -16,12 +16,14 @@ from flex_model.engines.accelerate import AccelerateEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
 from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_mesh
+from flex_model.engines.fairscale import FairscaleEngine
 from flex_model.engines.fsdp1 import FSDP1Engine
 from flex_model.engines.fsdp2 import FSDP2Engine
 from flex_model.engines.hf import TransformersEngine
 from flex_model.engines.megatron import MegatronEngine
 from flex_model.engines.pipelining import PipeliningEngine, stages_made
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
+from flex_model.layout.twin import Mimic
 
 __all__ = ["Conductor", "Engine", "Engines", "GradientSite", "wrapped"]
 
@@ -31,6 +33,7 @@ _KNOWN: tuple[type[Engine], ...] = (
     FSDP1Engine,
     FSDP2Engine,
     MegatronEngine,
+    FairscaleEngine,
     TransformersEngine,
     PipeliningEngine,
     DTensorEngine,
@@ -183,6 +186,12 @@ class Engines:
             for engine in self.found:
                 stack.enter_context(engine.alone())
             yield
+
+    @contextmanager
+    def mimicked(self) -> Iterator[Mimic | None]:
+        with ExitStack() as stack:
+            found = [stack.enter_context(engine.mimicked()) for engine in self.found]
+            yield next((mimic for mimic in found if mimic is not None), None)
 
     def plain_class(self, module: nn.Module) -> type | None:
         return next((c for e in self.found if (c := e.plain_class(module)) is not None), None)

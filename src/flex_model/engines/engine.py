@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.layout.mesh import Axis, AxisKind
+from flex_model.layout.twin import Mimic
 
 __all__ = ["Conductor", "Engine", "GradientSite", "axes_of_mesh"]
 
@@ -158,6 +159,12 @@ class Engine:
     def alone(self) -> Iterator[None]:
         """Code in here runs as if this rank were the only one: for the twin, which must not talk to others."""
         yield
+
+    @contextmanager
+    def mimicked(self) -> Iterator[Mimic | None]:
+        """Code of a copy with this rank's sizes runs in here as on this rank among the others, but without them.
+        None: it cannot, and the order of shards is not checked that way."""
+        yield None
 
     # -- pipelines ---------------------------------------------------------------------------------------------
     no_backward: ClassVar[str] = ""  # why nothing goes backward through this engine's pipeline

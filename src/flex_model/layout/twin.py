@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flex_model.layout.layout import shard_dim
+from flex_model.layout.moves import Trace, out_of_order
 from flex_model.layout.record import Key, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
-__all__ = ["Twin", "TwinShapes"]
+__all__ = ["Opaque", "Twin", "TwinShapes"]
 
 aten = torch.ops.aten
 Shapes = dict[Key, list[tuple[int, ...]]]
@@ -40,9 +42,19 @@ def _to_meta(tensor: Tensor) -> Tensor:
 class _IntegersAreReal(TorchDispatchMode):
     """Floats are meta, integers and bools are real; an op that mixes them is meta."""
 
+    def __init__(self, trace: Trace | None) -> None:
+        super().__init__()
+        self._trace = trace
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        result = self._run(func, args, kwargs, tensors)
+        if self._trace is not None:
+            self._trace.note(func, args, tensors, result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         on_meta = any(t.is_meta for t in tensors)
         if on_meta and func in _SUBSTITUTES:
             return _SUBSTITUTES[func](*args, **kwargs)
@@ -98,6 +110,19 @@ def _is_mesh_state(value: object) -> bool:
     return isinstance(value, (dist.ProcessGroup, DeviceMesh))
 
 
+class Opaque(Exception):
+    """The twin met a module that nobody knows without the ranks; what it saw before stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mimic:
+    """How this rank is played without the others: ``prepare`` readies a copy of its size. Not ``exact``: the code may
+    fail without the others, and shows nothing then."""
+
+    prepare: Callable[[nn.Module], None] = lambda copied: None
+    exact: bool = True
+
+
 class Wholeness(Protocol):
     """What engines know of the model without them."""
 
@@ -111,9 +136,31 @@ class Wholeness(Protocol):
 
     def alone(self) -> AbstractContextManager[None]: ...
 
+    def mimicked(self) -> AbstractContextManager[Mimic | None]: ...
+
+
+class _AsItIs:
+    """The model with this rank's sizes, and no other ranks to talk to."""
+
+    def __init__(self, engines: Wholeness) -> None:
+        self.plain_class = engines.plain_class
+
+    def stand_ins(self) -> dict[int, object]:
+        return {}
+
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        spec = sharding(parameter)
+        shape = list(parameter.shape if spec is None else spec.shape)
+        dim = None if spec is None else shard_dim(spec.placements[-1])  # those before it are of data axes
+        if dim is not None:
+            ranks, rank = spec.mesh.size(-1), spec.mesh.get_local_rank(spec.mesh.ndim - 1)
+            most = -(-shape[dim] // ranks)
+            shape[dim] = max(0, min(most, shape[dim] - rank * most))
+        return tuple(shape)
+
 
 @contextmanager
-def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
+def _stripped(model: nn.Module, engines: Wholeness | _AsItIs) -> Iterator[dict[int, Any]]:
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
@@ -138,7 +185,7 @@ def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
         if not is_parameter and not tensor.is_floating_point():
             continue
         spec = sharding(tensor)  # it knows the global shape
-        full = tuple(spec.shape) if spec is not None else engines.full_shape(tensor) or tuple(tensor.shape)
+        full = engines.full_shape(tensor) or tuple(tensor.shape if spec is None else spec.shape)
         blank = torch.empty(full, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
     try:
@@ -152,11 +199,21 @@ def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
 
 @dataclass
 class TwinShapes:
-    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``)."""
+    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``).
+
+    ``disordered``: why the order of what is sharded is unknown there.
+    """
 
     once: Shapes = field(default_factory=dict)
     twice: Shapes = field(default_factory=dict)
     failure: str = ""
+    disordered: dict[tuple[Key, int], str] = field(default_factory=dict)
+
+
+class _Run(NamedTuple):
+    shapes: Shapes
+    numbers: dict[Key, list[int]]  # of the same tensors in the trace
+    stopped: str  # why it did not come to its end
 
 
 class Twin:
@@ -169,19 +226,47 @@ class Twin:
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
         """``names`` are the watched modules of the real model by clean name."""
         out = TwinShapes()
-        for times, into in ((1, out.once), (2, out.twice)):
-            try:
-                self._run(args, kwargs, names, times, into)
-            except Exception as error:  # what was met before is no less true
-                out.failure = out.failure or f"{type(error).__name__}: {str(error)[:200]}"
+        try:
+            trace = Trace()
+            once = self._whole((args, kwargs), names, trace)
+            twice = self._whole(double_batch((args, kwargs), dim=self._dim), names)
+        except Exception as error:  # it could not be copied
+            out.failure = _told(error)
+            return out
+        out.once, out.twice, out.failure = once.shapes, twice.shapes, once.stopped or twice.stopped
+        out.disordered = self._disordered((args, kwargs), names, once, trace)
         return out
 
-    def _run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int, into: Shapes
-    ) -> None:
+    def _whole(self, inputs: Any, names: dict[str, nn.Module], trace: Trace | None = None) -> _Run:
         with _stripped(self._model, self._engines) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
+        with self._engines.alone():
+            return self._run(twin, inputs, names, trace)
+
+    def _disordered(
+        self, inputs: Any, names: dict[str, nn.Module], whole: _Run, trace: Trace
+    ) -> dict[tuple[Key, int], str]:
+        """Where the model moves elements so that its shards are not in the order of the ranks."""
+        with self._engines.mimicked() as mimic:
+            if mimic is None:
+                return {}
+            try:
+                with _stripped(self._model, _AsItIs(self._engines)) as memo:
+                    copied = copy.deepcopy(self._model, memo)
+                mimic.prepare(copied)
+                local = Trace()
+                self._run(copied, inputs, names, local)
+                why = out_of_order(local, trace, cut=bool(whole.stopped))
+            except Exception as error:
+                if not mimic.exact:
+                    return {}
+                reason = f"its order could not be checked ({_told(error)})"
+                return {(key, i): reason for key, found in whole.numbers.items() for i in range(len(found))}
+        places = [((key, i), n) for key, found in whole.numbers.items() for i, n in enumerate(found)]
+        return {place: why[n] for place, n in places if n in why}
+
+    def _run(self, twin: nn.Module, inputs: Any, names: dict[str, nn.Module], trace: Trace | None) -> _Run:
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
         watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
 
@@ -189,19 +274,24 @@ class Twin:
             tensor = tensor.detach()
             return tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
 
-        def note(key: Key, found: list[Tensor]) -> None:
-            into[key] = [tuple(t.shape) for t in found]
+        numbers: dict[Key, list[int]] = {}
+        stopped = ""
 
-        inputs = double_batch((args, kwargs), dim=self._dim) if times == 2 else (args, kwargs)
+        def shapes(key: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
+            numbers[key] = [] if trace is None else [trace.number(t) for t in found]
+            return [tuple(t.shape) for t in found]
+
         args, kwargs = copy_tree(inputs, convert)
-        with (
-            torch.no_grad(),
-            self._engines.alone(),
-            _nonzero_is_full(),
-            recorded(watched, note),
-            _IntegersAreReal(),
-        ):
-            twin(*args, **kwargs)
+        with torch.no_grad(), _nonzero_is_full(), recorded(watched, shapes) as seen, _IntegersAreReal(trace):
+            try:
+                twin(*args, **kwargs)
+            except Exception as stop:  # what was met before is no less true
+                stopped = _told(stop)
+        return _Run(seen, numbers, stopped)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, Opaque) else f"{type(error).__name__}: {str(error)[:200]}"
 
 
 @contextmanager
