@@ -64,6 +64,7 @@ class Inference:
         self.known: dict[Form, Layout | LayoutError] = {}
         self._common: dict[Form, Layout | LayoutError | None] = {}  # of a place; None where its firings differ
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+        self._entered = False  # through a module of the engine's
         self._watched: dict[str, nn.Module] = {}
         self._twin: TwinShapes | None = None
         self._batch: dict[Key, list[BatchDim]] | None = None
@@ -102,7 +103,9 @@ class Inference:
             return
         self._probed |= {(self._kind, *key) for key in fresh}
         self._watched = {key[0]: m for key, m in fresh.items()}
-        self._inputs = (module, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
+        called, args, kwargs = self.engines.entry(module, args, kwargs)
+        self._entered = called is not module
+        self._inputs = (called, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
         self._twin = self._batch = None
         if self._probes:
             self._probe()
@@ -213,7 +216,7 @@ class Inference:
         if self._twin is None:
             called, args, kwargs = self._inputs
             roots = [m for m in called.modules() if any(m is root for root in self.roots)]
-            inside = roots[0] if roots else called  # without its wrappers
+            inside = roots[0] if roots and not self._entered else called  # without its wrappers
             if roots:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
             dim = self.engines.batch_dim(inside, (args, kwargs))

@@ -106,7 +106,9 @@ class Runtime:
         self.whole: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
         parts = {s: self.module if p is self.outermost else p for s, p in self.engines.parts.items()}
         parts = parts or {self.whole.stage: self.module}
-        self.names = Names(self.module, parts=parts, absent=self.engines.absent, renamed=self.renamed)
+        self.names = Names(
+            self.module, parts=parts, absent=self.engines.absent, renamed={**self.engines.renamed, **self.renamed}
+        )
         self.root = self.names.root
         self.names.add_hidden(self.engines.hidden_parameters())
         self.mesh: ModelMesh = self.whole.one_stage()  # layouts and edits are a matter of one stage's ranks

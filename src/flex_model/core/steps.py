@@ -56,6 +56,9 @@ class Steps:
     def holds(self, module: nn.Module) -> bool:
         return any(part is module for part in self.runtime.engines.parts.values())
 
+    def stage_of(self, module: nn.Module | None) -> int:
+        return next(stage for stage, part in self.runtime.engines.parts.items() if part is module)
+
     @contextmanager
     def step(self, microbatches: int, *, divide: int, backward: bool) -> Iterator[None]:
         runtime = self.runtime

@@ -21,6 +21,7 @@ from flex_model.engines.fsdp1 import FSDP1Engine
 from flex_model.engines.fsdp2 import FSDP2Engine
 from flex_model.engines.hf import TransformersEngine
 from flex_model.engines.megatron import MegatronEngine
+from flex_model.engines.megatron_pipeline import MegatronPipelineEngine
 from flex_model.engines.pipelining import PipeliningEngine, stages_made
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
 from flex_model.layout.twin import Mimic
@@ -33,6 +34,7 @@ _KNOWN: tuple[type[Engine], ...] = (
     FSDP1Engine,
     FSDP2Engine,
     MegatronEngine,
+    MegatronPipelineEngine,
     FairscaleEngine,
     TransformersEngine,
     PipeliningEngine,
@@ -161,6 +163,17 @@ class Engines:
     @property
     def parts(self) -> dict[int, nn.Module]:
         return {stage: part for e in self.found for stage, part in e.parts.items()}
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        return {name: plain for e in self.found for name, plain in e.renamed.items()}
+
+    def entry(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        for engine in self.found:
+            module, args, kwargs = engine.entry(module, args, kwargs)
+        return module, args, kwargs
 
     def absent(self, module: nn.Module) -> bool:
         return any(e.absent(module) for e in self.found)

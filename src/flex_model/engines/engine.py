@@ -52,6 +52,10 @@ class Conductor(Protocol):
         """Whether ``module`` is a stage of the conductor's model."""
         ...
 
+    def stage_of(self, module: nn.Module | None) -> int:
+        """The number of the stage that ``module`` is."""
+        ...
+
     def step(self, microbatches: int, *, divide: int, backward: bool) -> AbstractContextManager[None]:
         """One step or eval of the schedule, on every rank. Gradients are divided by ``divide`` at its end."""
         ...
@@ -174,6 +178,18 @@ class Engine:
     def parts(self) -> Mapping[int, nn.Module]:
         """The pipeline stages of this rank by number, where a schedule runs them in microbatches."""
         return {}
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """{name on this rank: the plain model's name} where they differ and the engine knows both."""
+        return {}
+
+    def entry(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """What to run again, with what, so that ``module`` gets all it got in this call: also what came by an
+        attribute."""
+        return module, args, kwargs
 
     def absent(self, module: nn.Module) -> bool:
         """Whether ``module`` only stands in for one of another stage."""

@@ -60,9 +60,9 @@ class MegatronEngine(Engine):
     # -- axes --------------------------------------------------------------------------------------------------
     @property
     def axes(self) -> list[Axis]:
-        for group, word in ((self._group("context"), "context"), (self._group("pipeline_model"), "pipeline")):
-            if group is not None and group.size() > 1 and self._is_global:
-                raise MeshError(f"the model uses Megatron's {word} parallelism, which is not supported yet.")
+        context = self._group("context")
+        if context is not None and context.size() > 1 and self._is_global:
+            raise MeshError("the model uses Megatron's context parallelism, which is not supported yet.")
         data, tensor = self._data_group, self._tensor_group
         found: list[tuple[str, AxisKind, Any]] = [("dp", "data", data), ("tp", "tensor", tensor)]
         return [
