@@ -97,6 +97,10 @@ def place(engine: str, model: nn.Module) -> Placed:
         shape, names = ((world,), ("fsdp",)) if engine == "fsdp2" else ((world // 2, 2), ("dp_replicate", "fsdp"))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         return Placed(_fully_sharded(model, mesh), world, rank)
+    if engine == "hsdp_tp":
+        mesh = init_device_mesh("cpu", (world // 4, 2, 2), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
+        parallelize_module(model, mesh["tp"], plan("tp"))
+        return Placed(_fully_sharded(model, mesh["dp_replicate", "fsdp"]), world // 2, rank // 2)
     if engine.startswith("2d_") or engine == "ddp_tp":
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
         parallelize_module(model, mesh["tp"], plan(engine.removeprefix("2d_").removeprefix("ddp_")))
@@ -122,7 +126,7 @@ def _of_fairscale(engine: str, model: nn.Module) -> Placed:
 
 
 def _fully_sharded(model: nn.Module, mesh: Any) -> nn.Module:
-    for layer in model.layers:  # type: ignore[union-attr]
+    for layer in dict.fromkeys(model.layers):  # type: ignore[union-attr,arg-type]
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model

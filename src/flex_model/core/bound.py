@@ -46,6 +46,7 @@ class Bound:
     enabled: bool = True
     temporary: bool = False  # of capture and edit: the choice of groups does not apply
     fired: int = 0
+    told: bool = False  # that there is nothing to hook in the value
     handles: list[Callable[[], None]] = field(default_factory=list)
 
     @property

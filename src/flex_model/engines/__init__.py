@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +24,8 @@ from flex_model.engines.hf import TransformersEngine
 from flex_model.engines.megatron import MegatronEngine
 from flex_model.engines.megatron_pipeline import MegatronPipelineEngine
 from flex_model.engines.pipelining import PipeliningEngine, stages_made
+from flex_model.engines.quantised import dequantised
+from flex_model.engines.replicate import ReplicateEngine
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
 from flex_model.layout.twin import Mimic
 
@@ -31,6 +34,7 @@ __all__ = ["Conductor", "Engine", "Engines", "GradientSite", "wrapped"]
 # Data engines first: what they claim is theirs; DTensor takes the axes that are left.
 _KNOWN: tuple[type[Engine], ...] = (
     DDPEngine,
+    ReplicateEngine,
     FSDP1Engine,
     FSDP2Engine,
     MegatronEngine,
@@ -212,6 +216,12 @@ class Engines:
     def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         return [hidden for e in self.found for hidden in e.hidden_parameters()]
 
+    def devices(self) -> set[torch.device]:
+        return {d for e in self.found for d in e.devices()}
+
+    def tied_places(self) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+        return [pair for e in self.found for pair in e.tied_places()]
+
     def gradient_site(self, owner: nn.Module, attribute: str) -> tuple[Engine | None, GradientSite]:
         """Who meets the gradient of a parameter and when; placements are those of all engines together."""
         sites = [(e, s) for e in self.found if (s := e.gradient_site(owner, attribute)) is not None]
@@ -226,10 +236,10 @@ class Engines:
         for engine in self.found:
             full = engine.full_parameter(owner, attribute)
             if full is not None:
-                return full
+                return dequantised(owner, attribute, full)
         parameter = owner._parameters.get(attribute)
         assert parameter is not None
-        return parameter.detach().clone()
+        return dequantised(owner, attribute, parameter.detach()).clone()
 
 
 def _named_apart(axis: Axis, others: Sequence[Axis]) -> Axis:
@@ -271,8 +281,6 @@ def _sub_grid(mesh: DeviceMesh, axes: Sequence[Axis]) -> Tensor | None:
 
 def _exchanged_grid(axes: Sequence[Axis]) -> Tensor | None:
     """For axes of unrelated groups: every rank tells its lines, and the grid is followed from this rank on."""
-    import torch
-
     lines: list[list[tuple[int, ...]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(lines, [a.ranks for a in axes])
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
@@ -32,12 +33,12 @@ def axes_of_mesh(mesh: DeviceMesh, kind: AxisKind, default: str) -> list[Axis]:
 class GradientSite:
     """How the gradient of one parameter is met: locally in the middle of the backward, or whole when it is done.
 
-    ``stated``: placements of the local gradient by axis kind, where the engine knows them. ``refusal``: why there is
-    no full gradient.
+    ``stated``: placements of the local gradient by axis kind, where the engine knows them. ``refusal``: why it is
+    never met, or has no whole.
     """
 
     def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None, *, refusal: str = "") -> None:
-        self.when = when  # "local" | "finished"
+        self.when = when  # "local" | "finished" | "never"
         self.stated = dict(stated or {})
         self.refusal = refusal
 
@@ -205,6 +206,15 @@ class Engine:
 
     def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(owner, attribute, what holds it) of parameters that the owner itself does not have at the moment."""
+        return []
+
+    def devices(self) -> set[torch.device]:
+        """Where modules run, beside the devices that their parameters are on."""
+        return set()
+
+    def tied_places(self) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+        """Pairs of (owner, attribute) that are one parameter, the later and the first, where what the owners hold does
+        not tell."""
         return []
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
