@@ -30,7 +30,8 @@ class Layout:
     """One placement per axis of the model's mesh, plus what was seen when it was found.
 
     ``ragged`` names the axes whose shard sizes differ or may differ from call to call, so that they travel with the
-    value. ``shape`` is the global shape at the moment of inference; it changes with batch and sequence.
+    value. ``shape`` is the global shape at the moment of inference; it changes with batch and sequence. ``parted`` are
+    the axes along which each rank's rows stay a part for itself, because they are tokens at its experts.
     """
 
     placements: tuple[Placement, ...]
@@ -38,6 +39,7 @@ class Layout:
     shape: tuple[int, ...] = ()
     ragged: tuple[bool, ...] = ()
     proven: bool = True
+    parted: tuple[int, ...] = ()
 
     @property
     def sharded_axes(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from flex_model.layout.record import Key, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
-__all__ = ["Twin", "TwinShapes"]
+__all__ = ["GlobalShapes", "Twin", "TwinShapes", "global_shapes"]
 
 aten = torch.ops.aten
 Shapes = dict[Key, list[tuple[int, ...]]]
@@ -110,8 +110,18 @@ class Wholeness(Protocol):
     def alone(self) -> AbstractContextManager[None]: ...
 
 
+GlobalShapes = dict[tuple[int, str], tuple[int, ...]]
+
+
+def global_shapes(model: nn.Module) -> GlobalShapes:
+    """{(id of a module, parameter): global shape} while parameters say it: within a forward engines may put local
+    tensors in their places."""
+    found = ((id(m), n, sharding(p)) for m in model.modules() for n, p in m._parameters.items() if p is not None)
+    return {(module, name): tuple(spec.shape) for module, name, spec in found if spec is not None}
+
+
 @contextmanager
-def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
+def _stripped(model: nn.Module, engines: Wholeness, known: GlobalShapes) -> Iterator[dict[int, Any]]:
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
@@ -130,12 +140,14 @@ def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
         plain = engines.plain_class(module)
         if plain is not None:
             object.__setattr__(module, "__class__", plain)
+    said = {id(p): known.get((id(m), n)) for m in model.modules() for n, p in m._parameters.items()}
     for tensor in (*model.parameters(), *model.buffers()):
         is_parameter = isinstance(tensor, nn.Parameter)
         if not is_parameter and not tensor.is_floating_point():
             continue
         spec = sharding(tensor)  # it knows the global shape
-        full = tuple(spec.shape) if spec is not None else engines.full_shape(tensor) or tuple(tensor.shape)
+        found = said.get(id(tensor)) or engines.full_shape(tensor) or tuple(tensor.shape)
+        full = tuple(spec.shape) if spec is not None else found
         blank = torch.empty(full, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
     try:
@@ -159,8 +171,8 @@ class TwinShapes:
 class Twin:
     """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
 
-    def __init__(self, model: nn.Module, engines: Wholeness) -> None:
-        self._model, self._engines = model, engines
+    def __init__(self, model: nn.Module, engines: Wholeness, known: GlobalShapes) -> None:
+        self._model, self._engines, self._known = model, engines, known
 
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
         """``names`` are the watched modules of the real model by clean name."""
@@ -173,7 +185,7 @@ class Twin:
         return out
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int) -> Shapes:
-        with _stripped(self._model, self._engines) as memo:
+        with _stripped(self._model, self._engines, self._known) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
