@@ -10,7 +10,7 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import own_experts, relative_error
+from oracle import own_experts, plain_hooks, relative_error
 from test_delivery import Wire
 from test_families import RANKS, SIZES, compare, place, run, saved, unwrapped
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from worlds import run_world
 from flex_model import FlexModel, HookFunction
 from flex_model.errors import EditError, FlexModelError, LayoutError
 from flex_model.routing.assembly import Parts
+from flex_model.routing.rows import Rows
 
 ACT = "model.layers.1.mlp.experts.act_fn"
 BOTH = ("ep_tp", "ep_fsdp")
@@ -347,3 +348,82 @@ def test_what_moves(engine: str, name: str, tmp_path: Path) -> None:
     sent = 24 if engine == "ep_fsdp" else 0  # the tokens that went to experts elsewhere, as they were sent
     assert second[0] == rows * 16 * 4 + 8 * (2 * rows + sent + 2 + 2 * 2 * bool(sent))
     assert second[1].count("send") == 1
+
+
+def twice(engine: str, path: Path) -> list[Any]:
+    """Two forwards in a block, of sequences that differ in length from rank to rank, with gradients."""
+    plain = models.make("qwen3_moe")
+    placed = place(engine, plain, path)
+    module = unwrapped(placed.model).get_submodule(ACT.removesuffix(".act_fn"))
+    before = dict(module.__dict__), [dict(vars(c.cell_contents)) for c in _ways_of(module)]
+    lengths, found = (4, 6), []
+    fm = FlexModel(placed.model)
+    own = [{k: v[2 * i : 2 * i + 2, :n] for k, v in models.inputs("qwen3_moe").items()} for i, n in enumerate(lengths)]
+    with fm.capture(ACT, grad=True) as acts:
+        for _ in range(2):
+            parity.square(fm(**own[placed.index], use_cache=False)).backward()
+    after = dict(module.__dict__), [dict(vars(c.cell_contents)) for c in _ways_of(module)]
+    found.append(before == after)
+    with own_experts(plain) as ids:
+        want, tokens, experts, first = [], [], [], 0
+        for batch in own:
+            seen = plain_hooks(plain, lambda m, b=batch: parity.square(m(**b)) / 2)
+            want.append((seen[ACT, "forward", 0][0], seen[ACT, "full_backward_pre", 0][0]))
+            tokens.append(ids[ACT.removesuffix(".act_fn")][0] + first)
+            experts.append(ids[ACT.removesuffix(".act_fn")][1])
+            first += batch["input_ids"].numel()
+    oracle = [Rows.sorted(torch.cat([w[i] for w in want]), torch.cat(tokens), torch.cat(experts)) for i in (0, 1)]
+    for call in (0, 1):
+        for rows, right in zip((acts.rows(ACT, call=call), acts.rows(ACT, call=call, grad=True)), oracle, strict=True):
+            found += [torch.equal(rows.tokens, right.tokens), torch.equal(rows.experts, right.experts)]
+            found.append(relative_error(rows.values, right.values) < 1e-5)
+    return found
+
+
+def _ways_of(module: nn.Module) -> list[Any]:
+    """What is behind the forward that expert parallelism has put on a module."""
+    cells = getattr(module.__dict__.get("forward"), "__closure__", None) or ()
+    return [c for c in cells if hasattr(c.cell_contents, "experts_forward")]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "ep_fsdp"])
+def test_calls_and_gradients_and_sequences_of_unequal_length(engine: str, tmp_path: Path) -> None:
+    path = saved(models.make("qwen3_moe"), tmp_path, engine)
+    for found in run(engine, twice, path):
+        assert len(found) == 13 and all(found)
+
+
+def generated(engine: str, path: Path) -> list[Any]:
+    placed = place(engine, models.make("qwen3_moe"), path)
+    full = models.inputs("qwen3_moe")
+    fm = FlexModel(placed.model)
+    with fm.capture(ACT) as acts, torch.no_grad():
+        cache = None
+        for step in range(3):
+            mine = {k: placed.mine(v[:, : 4 + step]) for k, v in full.items()}
+            mine["input_ids"] = mine["input_ids"] if cache is None else mine["input_ids"][:, -1:]
+            cache = fm(**mine, past_key_values=cache, use_cache=True).past_key_values
+    rows = [acts.rows(ACT, call=i) for i in range(3)]
+    return [[r.values.tolist(), r.tokens.tolist(), r.experts.tolist()] for r in rows]
+
+
+@pytest.mark.parametrize("engine", ["ddp", *BOTH])
+def test_decoding(engine: str, tmp_path: Path) -> None:
+    saved(models.make("qwen3_moe"), tmp_path, "ep_tp")
+    alone: Any = generated("none", tmp_path)
+    for many in run(engine, generated, tmp_path):
+        for (values, *ids), (want, *right) in zip(many, alone, strict=True):  # type: ignore[call-overload]
+            assert relative_error(torch.tensor(values), torch.tensor(want)) < 1e-5 and ids == right
+
+
+def test_values_with_their_graph_are_told_on_one_process() -> None:
+    fm = FlexModel(models.make("qwen3_moe"))
+    with fm.capture(ACT, detach=False) as acts:
+        out = fm(**models.inputs("qwen3_moe"))
+    rows = acts.rows(ACT)
+    grad = torch.autograd.grad(parity.square(out), acts[ACT])[0]
+    assert (
+        rows.values.requires_grad
+        and len(rows) == len(grad) == 48
+        and rows.experts.tolist() == sorted(rows.experts.tolist())
+    )

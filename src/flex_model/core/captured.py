@@ -36,7 +36,8 @@ class _Calls:
         self.put(key, value)
         flat = torch.cat(value.tensors) if isinstance(value, Parts) else value
         if len(flat) == len(tokens):
-            self.rows.setdefault(key, {}).setdefault(serial, []).append(Rows(flat, tokens, experts))
+            calls = self.rows.setdefault(key, {})
+            calls.setdefault(serial if serial >= 0 else -1 - len(calls), []).append(Rows(flat, tokens, experts))
 
 
 class Captured(Mapping[str | Site, Value]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.call import Staged
 from flex_model.core.editing import check_answer, refuse_write
-from flex_model.core.ragged import Identified, give
+from flex_model.core.ragged import give, identified
 from flex_model.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def put_all(staged: Iterable[Staged]) -> None:
         sink = bound.gradient_sink if one.gradient and not bound.is_gradient else bound.sink
         assert sink is not None
         if one.rows:
-            row = one.rows[0]
-            give(sink, one.key, Identified(one.local, row.tokens.cpu(), row.experts.cpu(), row.origin.serial))
+            give(sink, one.key, identified(one.local, one.rows[0]))
         else:
             sink.put(one.key, one.local)
 

@@ -15,7 +15,7 @@ from flex_model.core.gradients import claim_layout, form_of, watch_gradient
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form
 from flex_model.core.local import like, plain
-from flex_model.core.ragged import gathered, refusal, whole_experts
+from flex_model.core.ragged import gathered, give, identified, refusal, whole_experts
 from flex_model.errors import EditError, LayoutError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.routing.collectives import all_gather_ints
@@ -164,7 +164,7 @@ def _edit(
     if capturing and not bound.attached:
         _stage(runtime, bound, plain(value.detach()), form, layout, call, key, rows)
     if bound.attached:
-        return _attach(runtime, bound, value, layout, key, capturing, call)
+        return _attach(runtime, bound, value, layout, key, capturing, call, rows)
     _check_lockstep(runtime, bound, layout, call)
     call.edited = True
     runtime.context.even_axes = _even_axes(runtime, layout, call)
@@ -192,7 +192,14 @@ def _edit(
 
 
 def _attach(
-    runtime: Runtime, bound: Bound, value: Tensor, layout: Layout, key: Any, capturing: bool, call: ActiveCall
+    runtime: Runtime,
+    bound: Bound,
+    value: Tensor,
+    layout: Layout,
+    key: Any,
+    capturing: bool,
+    call: ActiveCall,
+    rows: Gathered | None,
 ) -> Tensor | None:
     """Hand out the full value with its graph, and let the model go on from it, so that gradients reach it."""
     local = plain(value)
@@ -205,7 +212,9 @@ def _attach(
         full = route.unshard(local).clone()
         back = route.reshard(full.clone())
     if capturing and bound.sink is not None:
-        bound.sink.put(key, full if bound.selection is None else bound.selection.take(full))
+        out = full if bound.selection is None else bound.selection.take(full)
+        alone = rows is not None and all(a.kind != "data" for a in runtime.mesh.axes)
+        give(bound.sink, key, identified(out, rows) if alone and rows is not None else out)
     return like(back, value)
 
 

@@ -22,7 +22,7 @@ from flex_model.errors import LayoutError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts
-from flex_model.routing.delivery import Item
+from flex_model.routing.delivery import Item, to_host
 from flex_model.routing.route import Route
 from flex_model.routing.rows import Gathered, Ids, encode, parted_axes, resolve
 
@@ -34,6 +34,7 @@ __all__ = [
     "Identity",
     "gathered",
     "give",
+    "identified",
     "merge",
     "parted",
     "refusal",
@@ -145,6 +146,12 @@ class Identified:
     tokens: Tensor
     experts: Tensor
     serial: int  # of the mixture's forward
+
+
+def identified(value: Tensor, rows: Gathered) -> Identified:
+    """A value that is whole on this rank."""
+    host = torch.device("cpu")
+    return Identified(value, to_host(rows.tokens, host), to_host(rows.experts, host), rows.origin.serial)
 
 
 class Identity:
