@@ -185,7 +185,8 @@ def _edit_gradient(
     local = whole if rows is None else rows.take(whole)
     runtime.backward.edited = True
     runtime.context.even_axes = frozenset()
-    description = Call(call.index, call.microbatch, experts=whole_experts(runtime, layout, rows))
+    experts = whole_experts(runtime, layout, rows) if bound.wants_call else None
+    description = Call(call.index, call.microbatch, experts=experts)
     out, _ = run_edit(bound, runtime.context, local / scale if scale != 1 else local, layout, index, description)
     if out is None:
         return None

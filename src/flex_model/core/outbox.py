@@ -169,12 +169,12 @@ class Outbox:
             layout = found
         local, finish = staged.local, None
         if bound.selection is not None and not staged.selected:
+            if (error := refusal(self.runtime, bound, local, layout)) is not None:
+                refused.append((bound, staged.key, error))
+                return None
             taken = self.select_on_shards(bound, local, layout)
             if taken is not None:
                 local, layout = taken
-            elif (error := refusal(self.runtime, bound, local, layout)) is not None:
-                refused.append((bound, staged.key, error))
-                return None
             else:
                 finish = bound.selection.take
         sink = self._sink(bound, staged.gradient)

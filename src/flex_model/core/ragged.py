@@ -67,9 +67,14 @@ def refusal(runtime: Runtime, bound: Bound, local: Tensor, layout: Layout) -> La
         why = "detach=False hands out whole values"
     elif bound.edit is not None and bound.hook.run != "every_rank":
         why = f"run={bound.hook.run!r} needs a whole value; run='every_rank' gives each rank its own rows"
-    elif bound.selection is not None and runtime.outbox.select_on_shards(bound, local, layout) is None:
+    elif bound.selection is not None and not _leaves_rows(runtime, bound, local, layout):
         why = "select= must leave all rows, they have no common order; take acts.rows(name) and select from that"
     return LayoutError(f"{bound.where}: its rows are tokens at experts, a part for each rank: {why}.") if why else None
+
+
+def _leaves_rows(runtime: Runtime, bound: Bound, local: Tensor, layout: Layout) -> bool:
+    taken = runtime.outbox.select_on_shards(bound, local, layout)
+    return taken is not None and all(shard_dim(taken[1].placements[i]) == 0 for i in layout.parted)
 
 
 def whole_experts(runtime: Runtime, layout: Layout, rows: Gathered | None) -> Tensor | None:

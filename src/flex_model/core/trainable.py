@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from flex_model.errors import EditError
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.collectives import all_gather_ints
 
@@ -128,11 +129,17 @@ class TrainableModules(nn.ModuleDict):
 
     def kept_apart(self) -> list[Tensor]:
         """The parameters for an edit of rows that a rank has for itself: what they get there is no other rank's."""
+        if any(_unreduced(owner._parameters[name]) is None for owner, name in _slots(self)):
+            raise EditError(
+                "trainable modules that an engine has sharded cannot be used on rows that are tokens at experts"
+            )
         return [_SetAside.apply(t, self._aside, i) for i, t in enumerate(self.trainable_tensors())]
 
     def _bring_back(self, mesh: ModelMesh) -> None:
         """What was set aside, summed over the tensor axes; a rank that had no rows has zeros. Collective."""
         slots = [owner._parameters[name] for owner, name in _slots(self)]
+        if not slots:
+            return
         marks = [(p.grad is not None) + 2 * (i in self._aside) for i, p in enumerate(slots)]  # type: ignore[union-attr]
         seen = [max(m & 1 for m in all_) + 2 * max(m >> 1 for m in all_) for all_ in _over_ranks(marks, mesh, slots)]
         for p, mark in zip(slots, seen, strict=True):

@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from flex_model.engines.engine import Engine, axes_of_mesh
 from flex_model.routing.rows import Gathered, Origin, RowSource
-from flex_model.trees import tensors
 
 __all__ = ["ExpertsEngine"]
 
@@ -106,8 +105,6 @@ class _Mixture:
         self._inside = {id(m) for m in module.modules()} - {id(module)}
         self._ways = _ways(module)
         self.spread = tuple(dist.get_process_group_ranks(self._ways[0].ep_mesh.get_group())) if self._ways else ()
-        self._now: Gathered | None = None
-        self._sent: dict[str, Any] | None = None
         self._serial = 0
         self._checked: set[str] = set()
         self._core: _Core | None = None
@@ -123,7 +120,7 @@ class _Mixture:
 
     def watch(self) -> Sequence[_Handle]:
         """Look on at whatever runs the experts."""
-        if "forward" in self.module.__dict__ and _by_ranks(self.module):
+        if _by_ranks(self.module) is not None:
             return [h for way in self._ways for h in self._watch_way(way)]
         before = self.module.register_forward_pre_hook(self._enter, with_kwargs=True)
         after = self.module.register_forward_hook(self._leave, always_call=True)
@@ -131,7 +128,7 @@ class _Mixture:
 
     # -- on one process, or with whole experts on every rank ---------------------------------------------------
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        found = tensors((args, kwargs))
+        found = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         ids = next((t for t in found[1:] if not t.is_floating_point()), None)
         if ids is not None and ids.dim() == 2 and self._mode is None:
             self._mode = self._looking(found[0], ids, Origin(self._next(), ids.shape[0]))
@@ -161,11 +158,14 @@ class _Mixture:
                 return run(hidden, ids, weights, *args, **kwargs)
 
         way.experts_forward = watched
-        handles = [_Handle(lambda: setattr(way, "experts_forward", run))]
         if dispatch is not None:
             way._dispatch_tokens = dispatched
-            handles.append(_Handle(lambda: way.__dict__.pop("_dispatch_tokens", None) and None))
-        return handles
+
+        def remove() -> None:
+            way.experts_forward = run
+            way.__dict__.pop("_dispatch_tokens", None)
+
+        return [_Handle(remove)]
 
     def _next(self) -> int:
         self._serial += 1
@@ -239,10 +239,12 @@ class _Core:
         return flat.sort().values if self.order == "grouped_mm" else flat
 
     def _have_chosen(self, tokens: Tensor, experts: Tensor) -> bool:
-        """Whether every row's token has chosen its expert; asked once a way of running them."""
+        """Whether every row's token has chosen its expert; asked once where one order serves all experts."""
         if self.order in self._checked:
             return True
         sure = bool((self.ids[tokens] == experts.unsqueeze(-1)).any(-1).all())
+        if self.order == "eager":
+            return sure and len(tokens) == int((self.ids == experts[:1]).sum())
         if sure:
             self._checked.add(self.order)
         return sure
