@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 from flex_model.engines import Engines
 from flex_model.engines.engine import axes_of_mesh
 from flex_model.errors import LayoutError
-from flex_model.layout.claim import Claim, Evidence, agree, claim
+from flex_model.layout.claim import Claim, Evidence, agree, agree_alone, claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim, probe_batch
 from flex_model.layout.record import Key, input_kind
-from flex_model.layout.twin import Twin, TwinShapes
+from flex_model.layout.twin import GlobalShapes, Twin, TwinShapes, global_shapes
 from flex_model.routing.collectives import all_gather_objects
 from flex_model.trees import copy_tree
 
@@ -41,6 +42,7 @@ class Spot(NamedTuple):
     gradient: bool = False
     override: tuple[Any, ...] = ()
     occurrence: int = 0  # which firing of the module within a call
+    rows: str = ""  # of tokens at experts: whether they are each rank's own, or in the batch's order
 
     @property
     def place(self) -> str:
@@ -67,6 +69,7 @@ class Inference:
         self._entered = False  # through a module of the engine's
         self._watched: dict[str, nn.Module] = {}
         self._twin: TwinShapes | None = None
+        self._shapes: GlobalShapes = {}
         self._batch: dict[Key, list[BatchDim]] | None = None
         self._batch_failure = ""
         self._probed: set[tuple[Any, ...]] = set()
@@ -107,6 +110,7 @@ class Inference:
         self._entered = called is not module
         self._inputs = (called, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
         self._twin = self._batch = None
+        self._shapes = global_shapes(module)
         if self._probes:
             self._probe()
 
@@ -155,11 +159,13 @@ class Inference:
         module: nn.Module,
         occurrence: int,
         expected: tuple[int | None, ...] | None,
+        parted: tuple[int, ...] = (),
     ) -> Claim:
-        """This rank's claim for a value that has no settled layout."""
+        """This rank's claim for a value that has no settled layout; along ``parted`` axes its rows are its own."""
         spot = form.spot
         where = spot.place
         stated = {**self._ruled(module, spot, value.dim()), **self.stated(value)}
+        stated.update({axis: (Shard(0), "tokens at their experts") for axis in parted})
         for axis, placement in spot.override:
             stated[axis] = (placement, "layout=")
         known = self.known.get(form) or self.known.get(form._replace(grad_mode=not form.grad_mode))
@@ -179,6 +185,8 @@ class Inference:
             order=lambda dim, size: (
                 self._disorder(key, spot.index) or self.engines.order(module, spot.side, dim - value.dim(), size)
             ),
+            rows=bool(spot.rows),
+            parted=parted,
             **self._twin_shapes(module, key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
@@ -220,7 +228,7 @@ class Inference:
             if roots:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
             dim = self.engines.batch_dim(inside, (args, kwargs))
-            self._twin = Twin(inside, self.engines, dim).shapes(args, kwargs, self._watched)
+            self._twin = Twin(inside, self.engines, self._shapes, dim).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
         if once is None or twice is None:
             once = twice = None
@@ -269,6 +277,11 @@ class Inference:
             elif isinstance(found, Layout):
                 self._common[place] = found
 
+    def settle_alone(self, form: Form, claim: Claim) -> None:
+        """Take this rank's claim for rows at experts: that they are its own needs nobody else."""
+        self.known[form] = found = agree_alone(claim, self.mesh)
+        self._common.setdefault(_any_firing(form), found)
+
     def gradient_layout(self, forward: Layout, grad: Tensor) -> Layout:
         """The layout of a gradient, from that of the value it belongs to."""
         placements = list(forward.placements)
@@ -281,7 +294,7 @@ class Inference:
             placements[axis] = Partial("sum")
         for axis, (placement, _) in self.stated(grad).items() if isinstance(grad, DTensor) else ():
             placements[axis] = placement
-        return Layout(tuple(placements), forward.evidence, forward.shape, forward.ragged, forward.proven)
+        return replace(forward, placements=tuple(placements))
 
 
 def _any_firing(form: Form) -> Form:

@@ -7,7 +7,7 @@ tensor axes the meta twin, for data axes the probe. One rank's refusal is everyb
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
@@ -19,7 +19,7 @@ from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim
 from flex_model.layout.values import Digest, digest, same
 
-__all__ = ["Claim", "Evidence", "agree", "claim"]
+__all__ = ["Claim", "Evidence", "agree", "agree_alone", "claim"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class Evidence:
     late: tuple[int, ...] = ()  # axes along which gradients of replicas are parts of a sum
     # split factor of a sharded dim of this full size, or why its order is unknown
     order: Callable[[int, int], int | str] = lambda dim, size: 1
+    rows: bool = False  # dim 0 is tokens at experts, as many as it happens to be
+    parted: tuple[int, ...] = ()  # the axes along which ranks hold rows of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Claim:
     global_shape: tuple[int | None, ...] = ()
     late: tuple[int, ...] = ()
     refusal: str = ""
+    parted: tuple[int, ...] = ()
 
 
 class _Refusal(Exception):
@@ -67,9 +70,10 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
     full: tuple[int | None, ...] = tuple(None for _ in shape)
     if evidence.twin is not None and len(evidence.twin) == len(shape):
         batch = evidence.batch.dim if evidence.batch else None
-        full = tuple(None if d == batch else s for d, s in enumerate(evidence.twin))
+        open_dims = {batch, 0 if evidence.rows else batch}
+        full = tuple(None if d in open_dims else s for d, s in enumerate(evidence.twin))
     late = tuple(i for i in evidence.late if isinstance(placements[i], Replicate))
-    return Claim(evidence.where, shape, mark, placements, sources, full, late=late)
+    return Claim(evidence.where, shape, mark, placements, sources, full, late=late, parted=evidence.parted)
 
 
 def _placements(
@@ -109,7 +113,7 @@ def _tensor_placements(
     shape: tuple[int, ...], evidence: Evidence, mesh: ModelMesh, axes: Sequence[int], batch_dim: int | None
 ) -> dict[int, tuple[Placement, str]]:
     full, word = _full_shape(shape, evidence)
-    grown = [d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a != b]
+    grown = [d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a != b and not (evidence.rows and d == 0)]
     if not grown:
         return {i: (Replicate(), word) for i in axes}
     if len(grown) > 1:
@@ -150,6 +154,8 @@ def _full_shape(shape: tuple[int, ...], evidence: Evidence) -> tuple[tuple[int, 
 def agree(everyone: Sequence[Claim | None], mesh: ModelMesh) -> Layout | LayoutError:
     """The layout that all ranks' claims (in group order) support together, or the error that refuses it."""
     claims = [c for c in everyone if c is not None]
+    if claims[0].parted:
+        everyone = claims = [c or _no_rows(claims[0]) for c in everyone]
     where = claims[0].where
     ranks = mesh.ranks
     if len(claims) != len(everyone):
@@ -169,13 +175,33 @@ def agree(everyone: Sequence[Claim | None], mesh: ModelMesh) -> Layout | LayoutE
         if isinstance(placement, Replicate):
             sure, problem = _check_replicas(axis, claims, mesh)
             proven = proven and sure
-        elif mesh.axes[axis].kind == "tensor" and shard_dim(placement) is not None:
+        elif mesh.axes[axis].kind == "tensor" and shard_dim(placement) is not None and axis not in first.parted:
             problem = _check_sizes(axis, claims, mesh)
         if problem:
             return _error(where, problem, claims, mesh)
     ragged = tuple(_is_ragged(axis, claims, mesh) for axis in range(len(mesh.axes)))
     evidence = "; ".join(f"{n}: {s}" for n, s in zip(mesh.names, first.sources, strict=True))
-    return Layout(first.placements, evidence, _global_shape(claims, mesh), ragged, proven, late=first.late)
+    shape = _global_shape(claims, mesh)
+    return Layout(first.placements, evidence, shape, ragged, proven, late=first.late, parted=first.parted)
+
+
+def agree_alone(one: Claim, mesh: ModelMesh) -> Layout | LayoutError:
+    """The layout of rows at experts by this rank's claim alone: other ranks may have none of them to claim with."""
+    if one.refusal:
+        return _error(one.where, one.refusal, [one], mesh)
+    dims = [shard_dim(p) for p in one.placements]
+    sizes = [None if d is None or not one.global_shape else one.global_shape[d] for d in dims]
+    ragged = tuple(
+        d is not None and (i in one.parted or s != one.shape[d] * mesh.axes[i].size)
+        for i, (d, s) in enumerate(zip(dims, sizes, strict=True))
+    )
+    evidence = "; ".join(f"{n}: {s}" for n, s in zip(mesh.names, one.sources, strict=True))
+    return Layout(one.placements, evidence, one.shape, ragged, parted=one.parted)
+
+
+def _no_rows(other: Claim) -> Claim:
+    shape = (0, *other.shape[1:])
+    return replace(other, shape=shape, digest=replace(other.digest, shape=shape))
 
 
 def _check_replicas(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> tuple[bool, str]:
@@ -203,7 +229,7 @@ def _is_ragged(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> bool:
     dim = shard_dim(claims[0].placements[axis])
     if dim is None:
         return False
-    if mesh.axes[axis].kind == "data":
+    if mesh.axes[axis].kind == "data" or axis in claims[0].parted:
         return True
     return any(len({claims[r].shape[dim] for r in line}) > 1 for line in mesh.lines(axis))
 
