@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import REGISTER, torch_hook
 from oracle import Count, plain_hooks, relative_error
-from pipelines import SCHEDULES, Pipe, Traffic, loss, step
+from pipelines import SCHEDULES, SINGLE, Pipe, Traffic, loss, step
 from torch import Tensor, nn
 from worlds import run_world
 
@@ -131,12 +131,10 @@ def _edits(schedule: str, scale_grads: bool, run: str, wrapped: bool) -> list[st
     return bad
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_edits(schedule: str) -> None:
-    for scale_grads, run in ((True, "every_rank"), (False, "one_rank"), (True, "sharded")):
-        if run == "sharded":
-            continue  # a stage of one rank has no mesh to be sharded over; see test_meshes
-        for bad in run_world(2, _edits, schedule, scale_grads, run, schedule != "interleaved"):
+    for scale_grads, run in ((True, "every_rank"), (False, "one_rank")):  # run="sharded" is in test_meshes
+        for bad in run_world(2, _edits, schedule, scale_grads, run, schedule in SINGLE):
             assert not bad
     print(f"edits under {schedule}: {2 * len(CASES)} exact of {2 * len(CASES)}")
 
@@ -170,7 +168,7 @@ def _trainable(schedule: str, scale_grads: bool, wrapped: bool) -> None:
     assert all(torch.equal(a, b) for theirs in everyone for a, b in zip(theirs, everyone[0], strict=True))
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble"])
 @pytest.mark.parametrize("scale_grads", [True, False])
 def test_trainable_modules_over_stages(schedule: str, scale_grads: bool) -> None:
     run_world(2, _trainable, schedule, scale_grads, False)

@@ -107,7 +107,7 @@ class Steps:
             step.messages.receive(saved, stage=stage, source=stage + 1, microbatch=microbatch)
         self.runtime.backward.call = step.calls.get(place)
         try:
-            with self._at(place, saved):
+            with self._at(place, saved), self._own_parameters(stage):
                 yield
         finally:
             self.runtime.backward.call = None
@@ -124,6 +124,19 @@ class Steps:
             yield
         finally:
             self.place, runtime.quiet = before
+
+    @contextmanager
+    def _own_parameters(self, stage: int) -> Iterator[None]:
+        """A backward in two parts asks the stage for its parameters: those of the trainable modules are among them."""
+        part, name = self.runtime.engines.parts.get(stage), "_flex_model_trainable"
+        if part is None or not len(self.runtime.modules):
+            yield
+            return
+        part._modules[name] = self.runtime.modules
+        try:
+            yield
+        finally:
+            del part._modules[name]
 
     def _messages(self, microbatches: int) -> Messages | None:
         """The way of ``save_ctx`` between stages, if hooks on several of them use it."""
