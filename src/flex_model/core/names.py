@@ -158,6 +158,8 @@ class Names:
         if inner is not None and (child := module._modules[inner]) is not None:
             kept = "" if inner in _ABSENT_FROM_STATE or wrapped(module) else inner
             self._walk(child, clean, _join(raw, inner), _join(state, kept), plain, stage)
+            if wrapped_model(module) is None:  # PEFT's may hold more, such as a prompt's encoder
+                return
         else:
             self._add_module(module, clean, raw, state, plain, stage)
         adapted = plain_layer(module)

@@ -133,7 +133,8 @@ class Runtime:
             self.context.on_failure = self.outbox.note_failure
         self.keep_alive = self.engines.keep_alive
         self._mark = self._engine_mark()
-        tensors = (*self.module.parameters(), *self.module.buffers())
+        buffers = (b for m in self.module.modules() for b in m._buffers.values() if b is not None)
+        tensors = (*self.module.parameters(), *buffers)  # Megatron-core's wrapper calls something else ``buffers``
         devices = {t.device for t in tensors if not t.is_meta} | self.engines.devices()
         self.gpus = [d for d in devices if d.type == "cuda"]
         first = next((p.device.type for p in self.module.parameters() if not p.is_meta), "cpu")
