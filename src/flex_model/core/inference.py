@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +19,13 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 from flex_model.engines import Engines
 from flex_model.engines.engine import axes_of_mesh
 from flex_model.errors import LayoutError
-from flex_model.layout.claim import Claim, Evidence, agree, claim
+from flex_model.layout.claim import Claim, Evidence, claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim, probe_batch
 from flex_model.layout.record import Key, input_kind
 from flex_model.layout.twin import Twin, TwinShapes
-from flex_model.routing.collectives import all_gather_objects
+from flex_model.routing.agreement import settle
 from flex_model.trees import copy_tree
 
 __all__ = ["Form", "Inference", "Spot", "placements_on"]
@@ -74,6 +75,8 @@ class Inference:
         self._kinds: dict[tuple[Any, ...], int] = {}
         self._kind = 0
         self._occurrence: Counter[tuple[str, str]] = Counter()
+        first = next((p for root in roots for p in root.parameters()), None)
+        self._device = torch.device("cpu" if first is None else first.device.type)  # ranks talk through it
         self._trivial = Layout(tuple(Replicate() for _ in mesh.axes), "one process")
 
     # -- a call ------------------------------------------------------------------------------------------------
@@ -168,6 +171,7 @@ class Inference:
             stated=stated,
             batch=self._batch_dim(key, spot.index),
             expected_shape=expected,
+            sharding=self._sharding,
             order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
             **self._twin_shapes(key, spot.index, stated),
         )
@@ -190,6 +194,10 @@ class Inference:
         mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
         ruled = self.engines.placements(module, spot.side, spot.index, dims)
         return {mine[line]: (_positive(p, dims), "the engine's rule") for line, p in ruled.items() if line in mine}
+
+    @cached_property
+    def _sharding(self) -> frozenset[tuple[int, ...]]:
+        return self.engines.sharding
 
     def _twin_shapes(self, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
         undecided = [i for i, a in enumerate(self.mesh.axes) if a.kind == "tensor" and i not in stated]
@@ -235,10 +243,7 @@ class Inference:
         """Agree with all ranks on the layouts claimed here. Collective."""
         if not self.mesh.axes:
             return
-        everyone = all_gather_objects(dict(claims), self.mesh.world)
-        forms = dict.fromkeys(f for theirs in everyone for f in theirs)
-        for form in forms:
-            found = agree([theirs.get(form) for theirs in everyone], self.mesh)
+        for form, found in settle(claims, self.mesh, self._device).items():
             self.known[form] = found
             place = _any_firing(form)
             before = self._common.setdefault(place, found)

@@ -92,6 +92,10 @@ class Engines:
         meshes = [m for e in self.found for m in e.meshes]
         return ModelMesh(*_on_grid(axes, meshes), timeout=timeout, mean=mean)
 
+    @property
+    def sharding(self) -> frozenset[tuple[int, ...]]:
+        return frozenset(line for e in self.found for line in e.sharding)
+
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         with ExitStack() as stack:

@@ -90,6 +90,11 @@ class Engine:
         return []
 
     @property
+    def sharding(self) -> frozenset[tuple[int, ...]]:
+        """Ranks along each axis, through this rank, over which some parameter is sharded."""
+        return frozenset()
+
+    @property
     def lockstep(self) -> bool:
         """Whether all ranks of this engine's axes are known to run the same forwards now."""
         return True

@@ -1,4 +1,4 @@
-"""From evidence to layouts: each rank claims what it can know, then all ranks verify the claims together.
+"""From evidence to claims: what each rank can know of a layout by itself. All ranks then settle them together.
 
 Evidence, the first that speaks for an axis wins: the user's override; the value (a DTensor); the engine's rules; for
 tensor axes the meta twin, for data axes the probe. One rank's refusal is everybody's.
@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from flex_model.errors import LayoutError
-from flex_model.layout.layout import Layout, shard_dim
+from flex_model.layout.layout import shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim
-from flex_model.layout.values import Digest, digest, same
+from flex_model.layout.values import Digest, digest
 
-__all__ = ["Claim", "Evidence", "agree", "claim"]
+__all__ = ["Claim", "Evidence", "claim"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +32,14 @@ class Evidence:
     twin_failure: str = ""
     batch: BatchDim | None = None
     expected_shape: tuple[int | None, ...] | None = None
+    sharding: frozenset[tuple[int, ...]] = frozenset()  # ranks along axes over which some parameter is sharded
     # split factor of a sharded dim of this full size, or why its order is unknown
     order: Callable[[int, int], int | str] = lambda dim, size: 1
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one rank holds a site's layout to be, or why it refuses; sent to all ranks."""
+    """What one rank holds a site's layout to be, or why it refuses."""
 
     where: str
     shape: tuple[int, ...]
@@ -118,6 +118,8 @@ def _tensor_placements(
     if isinstance(order, str):
         raise _Refusal(order)
     holders = [i for i in axes if len(axes) == 1 or shape[dim] * mesh.axes[i].size == full[dim]]
+    if len(holders) > 1:  # over the others it must then be the same, which is checked
+        holders = [i for i in holders if mesh.axes[i].ranks in evidence.sharding]
     if len(holders) != 1:
         raise _Refusal(f"dim {dim} ({shape[dim]} of {full[dim]}) fits none or several of the tensor axes")
     placement = Shard(dim) if order == 1 else _StridedShard(dim, split_factor=order)
@@ -138,84 +140,3 @@ def _full_shape(shape: tuple[int, ...], evidence: Evidence) -> tuple[tuple[int, 
         expected = zip(evidence.expected_shape, shape, strict=True)
         return tuple(s if e is None else e for e, s in expected), "expected_shape"
     raise _Refusal(f"the twin has no such value ({evidence.twin_failure or 'it did not fire there'})")
-
-
-# -- verification ----------------------------------------------------------------------------------------------
-def agree(everyone: Sequence[Claim | None], mesh: ModelMesh) -> Layout | LayoutError:
-    """The layout that all ranks' claims (in group order) support together, or the error that refuses it."""
-    claims = [c for c in everyone if c is not None]
-    where = claims[0].where
-    ranks = mesh.ranks
-    if len(claims) != len(everyone):
-        absent = [ranks[i] for i, c in enumerate(everyone) if c is None]
-        return _error(where, f"it fired on some ranks but not on ranks {absent}", claims, mesh)
-    for i, c in enumerate(claims):
-        if c.refusal:
-            return _error(where, f"{c.refusal} (rank {ranks[i]})", claims, mesh)
-    first = claims[0]
-    if any(c.placements != first.placements for c in claims):
-        seen = sorted({str(list(c.placements)) for c in claims})
-        return _error(where, f"ranks found different placements: {' and '.join(seen)}", claims, mesh)
-    if any(len(c.shape) != len(first.shape) for c in claims):
-        return _error(where, "ranks hold different numbers of dims", claims, mesh)
-    proven, problem = True, ""
-    for axis, placement in enumerate(first.placements):
-        if isinstance(placement, Replicate):
-            sure, problem = _check_replicas(axis, claims, mesh)
-            proven = proven and sure
-        elif mesh.axes[axis].kind == "tensor" and shard_dim(placement) is not None:
-            problem = _check_sizes(axis, claims, mesh)
-        if problem:
-            return _error(where, problem, claims, mesh)
-    ragged = tuple(_is_ragged(axis, claims, mesh) for axis in range(len(mesh.axes)))
-    evidence = "; ".join(f"{n}: {s}" for n, s in zip(mesh.names, first.sources, strict=True))
-    return Layout(first.placements, evidence, _global_shape(claims, mesh), ragged, proven)
-
-
-def _check_replicas(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> tuple[bool, str]:
-    """Whether the claimed replicas are proven equal, and what is wrong if they are not."""
-    for line in mesh.lines(axis):
-        if not same([claims[r].digest for r in line]):
-            shapes = [claims[r].shape for r in line]
-            return False, f"it should be the same along {mesh.names[axis]!r} and is not (shapes {shapes})"
-    return all(not c.digest.proves_nothing for c in claims), ""
-
-
-def _check_sizes(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> str:
-    for line in mesh.lines(axis):
-        dim = shard_dim(claims[line[0]].placements[axis])
-        assert dim is not None
-        also = [i for i, p in enumerate(claims[0].placements) if shard_dim(p) == dim and i != axis]
-        want = claims[line[0]].global_shape[dim]
-        total = sum(claims[r].shape[dim] for r in line)
-        if want is not None and not also and total != want:
-            return f"the sizes along {mesh.names[axis]!r} add up to {total} on dim {dim}, not to {want}"
-    return ""
-
-
-def _is_ragged(axis: int, claims: Sequence[Claim], mesh: ModelMesh) -> bool:
-    dim = shard_dim(claims[0].placements[axis])
-    if dim is None:
-        return False
-    if mesh.axes[axis].kind == "data":
-        return True
-    return any(len({claims[r].shape[dim] for r in line}) > 1 for line in mesh.lines(axis))
-
-
-def _global_shape(claims: Sequence[Claim], mesh: ModelMesh) -> tuple[int, ...]:
-    shape = list(claims[0].shape)
-    for axis, placement in enumerate(claims[0].placements):
-        dim = shard_dim(placement)
-        if dim is not None:
-            sizes = [claims[r].shape[dim] for r in mesh.lines(axis)[0]]
-            shape[dim] = shape[dim] // sizes[0] * sum(sizes) if sizes[0] else sum(sizes)
-    return tuple(shape)
-
-
-def _error(where: str, reason: str, claims: Sequence[Claim], mesh: ModelMesh) -> LayoutError:
-    shapes = dict(zip(mesh.ranks, [c.shape for c in claims], strict=False))
-    hint = ", ".join(f"{n!r}: Shard(dim) or Replicate()" for n in mesh.names)
-    return LayoutError(
-        f"{where}: the full value is unknown: {reason}. Local shapes by rank: {shapes}. "
-        f"If you know how it lies, pass layout={{{hint}}} to the HookFunction."
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import product
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -61,8 +61,6 @@ class ModelMesh:
         self.coordinate: tuple[int, ...] = tuple(where[0].tolist())
         self.names = tuple(a.name for a in self.axes)
         self.ranks = [int(r) for r in self.grid.flatten().tolist()]
-        self._coordinates = list(product(*[range(a.size) for a in self.axes]))
-        self._lines: dict[int, list[list[int]]] = {}
         self._whole = whole  # of which this is one stage
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = whole._groups if whole is not None else {}
         self._channel: dist.ProcessGroup | None = None
@@ -78,11 +76,11 @@ class ModelMesh:
             raise MeshError(f"the axes {[a.name for a in self.axes]} are not on one mesh; pass mesh= to FlexModel.")
         return grid.reshape(shape).to(torch.long)
 
-    @property
+    @cached_property
     def size(self) -> int:
         return prod(a.size for a in self.axes)
 
-    @property
+    @cached_property
     def main(self) -> int:
         """The global rank that captures go to by default: the lowest; of a stage, the one in line with that."""
         if self._whole is None:
@@ -121,18 +119,34 @@ class ModelMesh:
             raise MeshError(f"the model's mesh has no axis {name!r}; its axes are {list(self.names)}.")
         return self.names.index(name)
 
-    def coordinates(self) -> list[tuple[int, ...]]:
-        """The coordinate of every rank, in the order of ``ranks`` (which is the order of group ranks)."""
-        return self._coordinates
+    @cached_property
+    def me(self) -> int:
+        """This rank's place in ``ranks``, its group rank."""
+        return self.group_rank(self.coordinate)
 
-    def lines(self, axis: int) -> list[list[int]]:
-        """Group ranks along an axis, one list for each place on the other axes."""
-        if axis not in self._lines:
-            grouped: dict[tuple[int, ...], list[int]] = {}
-            for rank, c in enumerate(self._coordinates):
-                grouped.setdefault(c[:axis] + c[axis + 1 :], []).append(rank)
-            self._lines[axis] = list(grouped.values())
-        return self._lines[axis]
+    @cached_property
+    def home(self) -> tuple[int, ...]:
+        """The coordinate of the main rank."""
+        return self.coordinate_of(self.ranks.index(self.main))
+
+    def group_rank(self, coordinate: Sequence[int]) -> int:
+        """The place in ``ranks`` of a coordinate: counted, not looked up, so that nothing is kept for each rank."""
+        rank = 0
+        for place, axis in zip(coordinate, self.axes, strict=True):
+            rank = rank * axis.size + place
+        return rank
+
+    def coordinate_of(self, group_rank: int) -> tuple[int, ...]:
+        places = []
+        for axis in reversed(self.axes):
+            group_rank, place = divmod(group_rank, axis.size)
+            places.append(place)
+        return tuple(reversed(places))
+
+    def line(self, axis: int) -> list[int]:
+        """Group ranks along an axis through this rank."""
+        before, after = self.coordinate[:axis], self.coordinate[axis + 1 :]
+        return [self.group_rank((*before, i, *after)) for i in range(self.axes[axis].size)]
 
     # -- groups ------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
