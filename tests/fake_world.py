@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,20 +48,22 @@ class Layer(nn.Module):
 
 
 class Deep(nn.Module):
-    """An embedding and ``sites - 1`` layers by turns colwise and rowwise.
+    """A table without a batch dim, an embedding, and ``layers`` layers by turns colwise and rowwise.
 
     The sum over ranks after a rowwise layer is left out: in a world that is not there it would add nothing.
     """
 
-    def __init__(self, sites: int, width: int) -> None:
+    def __init__(self, layers: int, width: int) -> None:
         super().__init__()
         self.emb = nn.Embedding(16, width)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(sites - 1))
+        self.table = Layer(width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.emb(ids)
-        for layer in self.layers:
-            x = layer(x)
+        self.table(torch.linspace(0, 1, ids.shape[1] * x.shape[-1]).view(ids.shape[1], -1))
+        for up, down in zip(self.layers[::2], self.layers[1::2], strict=True):
+            x = x + down(up(x))
         return x
 
 
@@ -71,11 +72,10 @@ def mesh_of(shape: tuple[int, ...], names: tuple[str, ...] = AXES) -> DeviceMesh
 
 
 def spread(model: Deep, mesh: DeviceMesh) -> nn.Module:
-    """Tensor parallel over the last axis, hybrid sharded over the first two, replicas on those between."""
-    for i, layer in enumerate(model.layers):
+    """Tensor parallel over the last axis, batches on the first two, replicas on those between."""
+    for i, layer in enumerate([*model.layers, model.table]):
         whole = layer.weight.detach()
         layer.weight = nn.Parameter(distribute_tensor(whole, mesh[AXES[-1]], [Shard(i % 2)], src_data_rank=None))
-    fully_shard(model.emb, mesh=mesh[AXES[:2]])
     return model
 
 

@@ -80,7 +80,7 @@ class Outbox:
 
     def _point_of_stages(self) -> None:
         """``point`` of a pipeline: each stage delivers to its own ranks, then the stages to one another."""
-        mesh, whole = self.runtime.mesh, self.runtime.whole
+        mesh = self.runtime.mesh
         rows = self.status([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
         new = any(claims for _, claims, _ in rows)
         if mesh.axes and len({(count, mark) for count, _, mark in rows}) > 1:

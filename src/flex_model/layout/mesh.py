@@ -156,26 +156,27 @@ class ModelMesh:
             return
         if not self.axes or self._groups:
             return
-        lines = {tuple(self.ranks): None}
-        if self.stage_axis is not None:
-            stages = [stage.flatten().tolist() for stage in self.grid.unbind(self.stage_axis)]
-            lines.update({tuple(stage): None for stage in stages if len(stage) > 1})
-        for i in range(len(self.axes)):
-            rows = self.grid.movedim(i, -1).reshape(-1, self.axes[i].size)
-            lines.update({tuple(int(r) for r in row): None for row in rows.tolist()})
+        self._make_group(tuple(self.ranks))
+        if self.stage_axis is not None and len(self.axes) > 2:  # of two axes, a stage is a line
+            for stage in self.grid.unbind(self.stage_axis):
+                self._make_group(tuple(stage.flatten().tolist()))
+        for i in range(len(self.axes)) if len(self.axes) > 1 else ():
+            for row in self.grid.movedim(i, -1).reshape(-1, self.axes[i].size):
+                self._make_group(tuple(row.tolist()))
+
+    def _make_group(self, ranks: tuple[int, ...]) -> None:
+        # A group that only its members make is named by how many groups they have, which must then agree.
         everyone = self.size == dist.get_world_size()
-        for ranks in lines:
-            # A group that only its members make is named by how many groups they have, which must then agree.
-            if everyone or self.rank in ranks:
-                group = dist.new_group(
-                    list(ranks),
-                    timeout=self.timeout,
-                    use_local_synchronization=not everyone,
-                    group_desc="flex_model",
-                    sort_ranks=False,
-                )
-                if self.rank in ranks:
-                    self._groups[ranks] = group
+        if everyone or self.rank in ranks:
+            group = dist.new_group(
+                list(ranks),
+                timeout=self.timeout,
+                use_local_synchronization=not everyone,
+                group_desc="flex_model",
+                sort_ranks=False,
+            )
+            if self.rank in ranks:
+                self._groups[ranks] = group
 
     @property
     def world(self) -> dist.ProcessGroup:
