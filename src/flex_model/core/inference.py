@@ -23,7 +23,7 @@ from flex_model.layout.claim import Claim, Evidence, claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim, probe_batch
-from flex_model.layout.record import Key, input_kind
+from flex_model.layout.record import Key, Watched, input_kind
 from flex_model.layout.twin import Twin, TwinShapes
 from flex_model.routing.agreement import settle
 from flex_model.trees import copy_tree
@@ -65,7 +65,7 @@ class Inference:
         self.known: dict[Form, Layout | LayoutError] = {}
         self._common: dict[Form, Layout | LayoutError | None] = {}  # of a place; None where its firings differ
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
-        self._watched: dict[str, nn.Module] = {}
+        self._watched: Watched = {}
         self._twin: TwinShapes | None = None
         self._batch: dict[Key, list[BatchDim]] | None = None
         self._batch_failure = ""
@@ -104,7 +104,7 @@ class Inference:
         if not fresh:
             return
         self._probed |= {(self._kind, *key) for key in fresh}
-        self._watched = {key[0]: m for key, m in fresh.items()}
+        self._watched = {key[:2]: m for key, m in fresh.items()}
         self._inputs = (module, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
         self._twin = self._batch = None
         if self._probes:

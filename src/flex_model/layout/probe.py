@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flex_model.layout.record import Key, batch_size, double_batch, recorded
+from flex_model.layout.record import Key, Watched, batch_size, double_batch, recorded
 from flex_model.layout.values import close, local
 from flex_model.trees import copy_tree
 
@@ -51,9 +51,9 @@ def _nothing_changed(model: nn.Module) -> Iterator[None]:
 
 
 def probe_batch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: dict[str, nn.Module]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched
 ) -> dict[Key, list[BatchDim]]:
-    """{key: one BatchDim a tensor} for the inputs and outputs of ``watched``; raises what the model raises."""
+    """{key: one BatchDim a tensor} for the watched sides of modules; raises what the model raises."""
 
     def kept(_: Key, found: list[Tensor]) -> list[Tensor]:
         return [local(t).clone() for t in found]

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flex_model.layout.record import Key, double_batch, recorded
+from flex_model.layout.record import Key, Watched, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
@@ -42,7 +42,7 @@ class _IntegersAreReal(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _tensors_of(args, kwargs)
         on_meta = any(t.is_meta for t in tensors)
         if on_meta and func in _SUBSTITUTES:
             return _SUBSTITUTES[func](*args, **kwargs)
@@ -70,6 +70,17 @@ class _IntegersAreReal(TorchDispatchMode):
         integral = arange and not any(isinstance(a, float) for a in args)
         dtype = kwargs.get("dtype") or (torch.long if integral else torch.get_default_dtype())
         return device if dtype.is_floating_point or dtype.is_complex else torch.device("cpu")
+
+
+def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors an operator is given, by themselves or in lists; pytree would take longer than the operator."""
+    out = []
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, Tensor):
+            out.append(given)
+        elif isinstance(given, (list, tuple)):
+            out += [t for t in given if isinstance(t, Tensor)]
+    return out
 
 
 def _scalar(tensor: Tensor) -> object:
@@ -162,22 +173,22 @@ class Twin:
     def __init__(self, model: nn.Module, engines: Wholeness) -> None:
         self._model, self._engines = model, engines
 
-    def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
-        """``names`` are the watched modules of the real model by clean name."""
+    def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> TwinShapes:
+        """``watched`` are modules of the real model by clean name and side."""
         out = TwinShapes()
         try:
-            out.once = self._run(args, kwargs, names, 1)
-            out.twice = self._run(args, kwargs, names, 2)
+            out.once = self._run(args, kwargs, watched, 1)
+            out.twice = self._run(args, kwargs, watched, 2)
         except Exception as error:
             out.failure = f"{type(error).__name__}: {str(error)[:200]}"
         return out
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module], times: int) -> Shapes:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched, times: int) -> Shapes:
         with _stripped(self._model, self._engines) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
-        watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
+        watched = {place: counterpart[id(module)] for place, module in watched.items() if id(module) in counterpart}
 
         def convert(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()

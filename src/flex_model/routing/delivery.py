@@ -240,14 +240,13 @@ def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor:
     if not mesh.axes:
         return item.local
     shape = _full_shape(item, mesh)
-    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         item.local,
         mesh.device_mesh(item.local.device.type),
         item.layout.placements,
         run_check=False,
         shape=torch.Size(shape),
-        stride=stride,
+        stride=tuple(prod(shape[d + 1 :]) for d in range(len(shape))),
     )
 
 
