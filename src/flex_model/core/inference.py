@@ -14,19 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.engines import Engines
 from flex_model.engines.engine import axes_of_mesh
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim, Evidence, claim
-from flex_model.layout.layout import Layout, shard_dim
+from flex_model.layout.layout import Layout, on_dim, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.layout.probe import BatchDim, probe_batch
+from flex_model.layout.probe import BATCH, SEQUENCE, Along, BatchDim, probe
 from flex_model.layout.record import Key, Watched, input_kind
+from flex_model.layout.sequence import Order, order_by_positions
 from flex_model.layout.twin import Twin, TwinShapes
 from flex_model.routing.agreement import settle
-from flex_model.trees import copy_tree
+from flex_model.trees import Leaf, copy_tree, input_leaves
 
 __all__ = ["Form", "Inference", "Spot", "placements_on"]
 
@@ -67,12 +68,14 @@ class Inference:
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._watched: Watched = {}
         self._twin: TwinShapes | None = None
-        self._batch: dict[Key, list[BatchDim]] | None = None
-        self._batch_failure = ""
+        self._found: dict[str, dict[Key, list[BatchDim]] | str] = {}  # what probes saw, or why they could not
         self._probed: set[tuple[Any, ...]] = set()
-        self._probes = bool(engines.parts) or any(a.kind == "data" for a in mesh.axes)
+        self._probes = [SEQUENCE] if any(a.sequence for a in mesh.axes) else []
+        if engines.parts or any(a.kind == "data" and not a.sequence for a in mesh.axes):
+            self._probes.append(BATCH)
+        self._order: Order | str = ""  # of the sequence over its axis, in this call
         self._batch_dims: dict[Form, BatchDim] = {}  # of a pipeline's values, whatever the grad mode
-        self._kinds: dict[tuple[Any, ...], int] = {}
+        self._kinds: dict[Any, int] = {}
         self._kind = 0
         self._occurrence: Counter[tuple[str, str]] = Counter()
         first = next((p for root in roots for p in root.parameters()), None)
@@ -80,16 +83,25 @@ class Inference:
         self._trivial = Layout(tuple(Replicate() for _ in mesh.axes), "one process")
 
     # -- a call ------------------------------------------------------------------------------------------------
-    def new_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def new_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._occurrence:
             self._occurrence.clear()
         if self._probes:
-            kind = input_kind((args, kwargs))
+            self._order = self.order(input_leaves(module, args, kwargs)) if SEQUENCE in self._probes else ""
+            kind = (input_kind((args, kwargs)), str(self._order))
             self._kind = self._kinds.setdefault(kind, len(self._kinds))
+
+    def order(self, inputs: Sequence[Leaf]) -> Order | str:
+        """How the ranks of the sequence's axis share it, by the engine or by positions; or why that is unknown."""
+        axes = [i for i, a in enumerate(self.mesh.axes) if a.sequence]
+        if len(axes) != 1:
+            return f"the mesh has {len(axes)} axes for it"
+        stated = self.engines.sequence_order
+        return stated or order_by_positions(inputs, self.mesh.axes[axes[0]].size, self.mesh.coordinate[axes[0]])
 
     def lacks(self, wanted: Mapping[tuple[Any, ...], nn.Module]) -> bool:
         """Whether a wanted value (name, side, index) has never been looked for in a call of this kind."""
-        return (self._probes or bool(self.mesh.axes)) and any((self._kind, *key) not in self._probed for key in wanted)
+        return bool(self._probes or self.mesh.axes) and any((self._kind, *key) not in self._probed for key in wanted)
 
     def begin(
         self,
@@ -106,21 +118,24 @@ class Inference:
         self._probed |= {(self._kind, *key) for key in fresh}
         self._watched = {key[:2]: m for key, m in fresh.items()}
         self._inputs = (module, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
-        self._twin = self._batch = None
-        if self._probes:
-            self._probe()
+        self._twin, self._found = None, {}
+        for along in self._probes:
+            self._probe(along)
 
-    def _probe(self) -> None:
+    def _probe(self, along: Along) -> None:
         assert self._inputs is not None
         module, args, kwargs = self._inputs
         try:
-            self._batch = probe_batch(module, args, kwargs, self._watched)
+            self._found[along.word] = probe(module, args, kwargs, self._watched, along)
         except Exception as error:
-            self._batch, self._batch_failure = {}, f"{type(error).__name__}: {str(error)[:200]}"
-            logger.info("the batch could not be probed: %s", self._batch_failure)
+            self._found[along.word] = (
+                f"the {along.word} could not be probed ({type(error).__name__}: {str(error)[:200]})"
+            )
+            logger.info("%s", self._found[along.word])
 
     def end(self) -> None:
-        self._inputs = self._twin = self._batch = None
+        self._inputs = self._twin = None
+        self._found = {}
 
     def passes(self, name: str, side: str) -> int:
         """Which firing of this side of the module it is within the call."""
@@ -169,7 +184,9 @@ class Inference:
         evidence = Evidence(
             where=where,
             stated=stated,
-            batch=self._batch_dim(key, spot.index),
+            batch=self._probed_dim(BATCH, key, spot.index),
+            sequence=self._probed_dim(SEQUENCE, key, spot.index),
+            sequence_order=self._order,
             expected_shape=expected,
             sharding=self._sharding,
             order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
@@ -211,7 +228,9 @@ class Inference:
             inside = roots[0] if roots else module  # without its wrappers
             if roots:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
-            self._twin = Twin(inside, self.engines).shapes(args, kwargs, self._watched)
+            self._twin = Twin(inside, self.engines, {a.ranks for a in self.mesh.axes if a.sequence}).shapes(
+                args, kwargs, self._watched
+            )
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
         return {
             "twin": once[index] if once is not None and index < len(once) else None,
@@ -219,13 +238,12 @@ class Inference:
             "twin_failure": self._twin.failure,
         }
 
-    def _batch_dim(self, key: Key, index: int) -> BatchDim | None:
-        if self._batch is None:
-            return None
-        if self._batch_failure and not self._batch:
-            return BatchDim(refusal=f"the batch could not be probed ({self._batch_failure})")
-        found = self._batch.get(key)
-        return found[index] if found is not None and index < len(found) else None
+    def _probed_dim(self, along: Along, key: Key, index: int) -> BatchDim | None:
+        found = self._found.get(along.word)
+        if isinstance(found, str):
+            return BatchDim(refusal=found)
+        dims = None if found is None else found.get(key)
+        return dims[index] if dims is not None and index < len(dims) else None
 
     def batch_of(self, form: Form) -> BatchDim | None:
         """The batch dim of a value met in a pipeline's step, where its microbatches are put together."""
@@ -233,7 +251,7 @@ class Inference:
             return BatchDim()
         spot = form.spot._replace(gradient=False, override=())
         form = form._replace(spot=spot, grad_mode=True)
-        found = self._batch_dim(Key(spot.name, spot.side, spot.occurrence), spot.index)
+        found = self._probed_dim(BATCH, Key(spot.name, spot.side, spot.occurrence), spot.index)
         if found is not None:
             self._batch_dims[form] = found
             self._batch_dims.setdefault(_any_firing(form), found)
@@ -277,11 +295,7 @@ def _alike(a: Layout | LayoutError | None, b: Layout | LayoutError) -> bool:
 
 def _positive(placement: Placement, dims: int) -> Placement:
     dim = shard_dim(placement)
-    if dim is None or dim >= 0:
-        return placement
-    if isinstance(placement, _StridedShard):
-        return _StridedShard(dim + dims, split_factor=placement.split_factor)
-    return Shard(dim + dims)
+    return placement if dim is None or dim >= 0 else on_dim(placement, dim + dims)
 
 
 def placements_on(mesh: ModelMesh, device_mesh: Any, placements: Any) -> dict[int, Placement]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.engines.accelerate import AccelerateEngine
+from flex_model.engines.context_parallel import ContextParallelEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
 from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_mesh
@@ -21,11 +24,14 @@ from flex_model.engines.fsdp2 import FSDP2Engine
 from flex_model.engines.hf import TransformersEngine
 from flex_model.engines.pipelining import PipeliningEngine, stages_made
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
+from flex_model.layout.sequence import Order
 
 __all__ = ["Conductor", "Engine", "Engines", "GradientSite"]
 
-# Data engines first: what they claim is theirs; DTensor takes the axes that are left.
+# The sequence's axis first, which data engines may lie over; then data engines: what they claim is theirs; DTensor
+# takes the axes that are left.
 _KNOWN: tuple[type[Engine], ...] = (
+    ContextParallelEngine,
     DDPEngine,
     FSDP1Engine,
     FSDP2Engine,
@@ -35,12 +41,13 @@ _KNOWN: tuple[type[Engine], ...] = (
     AccelerateEngine,
 )
 _DATA_NAMES = ("dp", "ddp", "fsdp", "hsdp", "dp_replicate", "dp_shard", "replicate", "shard", "data", "batch")
+_SEQUENCE_NAMES = ("cp", "context", "context_parallel")
 
 
 def _kind(axis_name: str) -> AxisKind:
     if axis_name in ("pp", "stage", "pipe", "pipeline"):
         return "stage"
-    return "data" if axis_name in _DATA_NAMES else "tensor"
+    return "data" if axis_name in (*_DATA_NAMES, *_SEQUENCE_NAMES) else "tensor"
 
 
 class Engines:
@@ -80,17 +87,25 @@ class Engines:
         """The model's mesh: the user's, or the axes of all engines on the root mesh they share."""
         if given is not None:
             names = given.mesh_dim_names or ()
-            axes = [
-                Axis(a.name, _kind(a.name), a.ranks) for a in axes_of_mesh(given, "tensor", names[0] if names else "tp")
-            ]
+            found = axes_of_mesh(given, "tensor", names[0] if names else "tp")
+            axes = [Axis(a.name, _kind(a.name), a.ranks, a.name in _SEQUENCE_NAMES) for a in found]
             return ModelMesh(*_on_grid(axes, [given]), timeout=timeout, mean=mean)
         axes = []
         for engine in self.found:
-            for axis in engine.axes:
+            for axis in (_beside(a, axes) for a in engine.axes):
                 if axis.size > 1 and not any(axis.ranks == a.ranks for a in axes):
                     axes.append(_named_apart(axis, axes))
         meshes = [m for e in self.found for m in e.meshes]
         return ModelMesh(*_on_grid(axes, meshes), timeout=timeout, mean=mean)
+
+    @property
+    def sequence_order(self) -> Order | None:
+        return next((order for e in self.found if (order := e.sequence_order) is not None), None)
+
+    @staticmethod
+    def switched_on() -> object:
+        """Changes when an engine is switched on or off around the model."""
+        return ContextParallelEngine.active()
 
     @property
     def sharding(self) -> frozenset[tuple[int, ...]]:
@@ -186,7 +201,21 @@ def _named_apart(axis: Axis, others: Sequence[Axis]) -> Axis:
     while any(name == o.name for o in others):
         count += 1
         name = f"{axis.name}_{count}"
-    return Axis(name, axis.kind, axis.ranks)
+    return replace(axis, name=name)
+
+
+def _beside(axis: Axis, others: Sequence[Axis]) -> Axis:
+    """What is left of an axis that lies over one of the sequence: data engines flatten the two into one."""
+    for other in others:
+        if other.sequence and axis.kind == "data" and axis.size > other.size and set(other.ranks) <= set(axis.ranks):
+            for rows in (
+                torch.tensor(axis.ranks).view(-1, other.size),
+                torch.tensor(axis.ranks).view(other.size, -1).T,
+            ):
+                if list(other.ranks) in rows.tolist():
+                    place = other.ranks.index(dist.get_rank())
+                    return replace(axis, ranks=tuple(rows[:, place].tolist()))
+    return axis
 
 
 def _on_grid(axes: list[Axis], meshes: Sequence[DeviceMesh]) -> tuple[list[Axis], Tensor | None]:
@@ -220,8 +249,6 @@ def _sub_grid(mesh: DeviceMesh, axes: Sequence[Axis]) -> Tensor | None:
 
 def _exchanged_grid(axes: Sequence[Axis]) -> Tensor | None:
     """For axes of unrelated groups: every rank tells its lines, and the grid is followed from this rank on."""
-    import torch
-
     lines: list[list[tuple[int, ...]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(lines, [a.ranks for a in axes])
 

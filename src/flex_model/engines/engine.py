@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.layout.mesh import Axis, AxisKind
+from flex_model.layout.sequence import Order
 
 __all__ = ["Conductor", "Engine", "GradientSite", "axes_of_mesh"]
 
@@ -88,6 +89,11 @@ class Engine:
     def meshes(self) -> list[DeviceMesh]:
         """DeviceMeshes seen; their root mesh orders the axes of several engines."""
         return []
+
+    @property
+    def sequence_order(self) -> Order | None:
+        """How the ranks of its sequence axis share the sequence; None: it does not say."""
+        return None
 
     @property
     def sharding(self) -> frozenset[tuple[int, ...]]:

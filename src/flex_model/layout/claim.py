@@ -16,6 +16,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from flex_model.layout.layout import shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim
+from flex_model.layout.sequence import Order
 from flex_model.layout.values import Digest, digest
 
 __all__ = ["Claim", "Evidence", "claim"]
@@ -31,6 +32,8 @@ class Evidence:
     twin_twice: tuple[int, ...] | None = None  # at twice the batch
     twin_failure: str = ""
     batch: BatchDim | None = None
+    sequence: BatchDim | None = None
+    sequence_order: Order | str = "nothing says it"
     expected_shape: tuple[int | None, ...] | None = None
     sharding: frozenset[tuple[int, ...]] = frozenset()  # ranks along axes over which some parameter is sharded
     # split factor of a sharded dim of this full size, or why its order is unknown
@@ -63,8 +66,8 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
         return Claim(evidence.where, shape, mark, refusal=str(refusal))
     full: tuple[int | None, ...] = tuple(None for _ in shape)
     if evidence.twin is not None and len(evidence.twin) == len(shape):
-        batch = evidence.batch.dim if evidence.batch else None
-        full = tuple(None if d == batch else s for d, s in enumerate(evidence.twin))
+        grow = [found.dim for found in (evidence.batch, evidence.sequence) if found is not None]
+        full = tuple(None if d in grow else s for d, s in enumerate(evidence.twin))
     return Claim(evidence.where, shape, mark, placements, sources, full)
 
 
@@ -72,14 +75,17 @@ def _placements(
     shape: tuple[int, ...], evidence: Evidence, mesh: ModelMesh
 ) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
     chosen: dict[int, tuple[Placement, str]] = dict(evidence.stated)
-    data = [i for i, a in enumerate(mesh.axes) if a.kind == "data" and i not in chosen]
+    data = [i for i, a in enumerate(mesh.axes) if a.kind == "data" and not a.sequence and i not in chosen]
+    sequence = [i for i, a in enumerate(mesh.axes) if a.sequence and i not in chosen]
     tensor = [i for i, a in enumerate(mesh.axes) if a.kind == "tensor" and i not in chosen]
     batch_dim = None
     if data:
-        batch_dim = _batch_dim(shape, evidence)
+        batch_dim = _known(evidence.batch, "batch")
         word = "probe: no batch dim" if batch_dim is None else f"probe: dim {batch_dim} is the batch"
         for i in data:
             chosen[i] = (Replicate() if batch_dim is None else Shard(batch_dim), word)
+    for i in sequence:
+        chosen[i] = _sequence_placement(evidence, mesh, i)
     if tensor:
         for i, pair in _tensor_placements(shape, evidence, mesh, tensor, batch_dim).items():
             chosen[i] = pair
@@ -91,12 +97,25 @@ def _placements(
     return tuple(p for p, _ in ordered), tuple(s for _, s in ordered)
 
 
-def _batch_dim(shape: tuple[int, ...], evidence: Evidence) -> int | None:
-    if evidence.batch is None:
-        raise _Refusal("it did not fire while the batch was probed")
-    if evidence.batch.refusal:
-        raise _Refusal(evidence.batch.refusal)
-    return evidence.batch.dim
+def _known(found: BatchDim | None, word: str) -> int | None:
+    if found is None:
+        raise _Refusal(f"it did not fire while the {word} was probed")
+    if found.refusal:
+        raise _Refusal(found.refusal)
+    return found.dim
+
+
+def _sequence_placement(evidence: Evidence, mesh: ModelMesh, axis: int) -> tuple[Placement, str]:
+    dim, order = _known(evidence.sequence, "sequence"), evidence.sequence_order
+    if dim is None:
+        return Replicate(), "probe: no sequence dim"
+    if isinstance(order, str):
+        name = mesh.names[axis]
+        raise _Refusal(
+            f"dim {dim} is the sequence, in parts over {name!r}, and their order is unknown: {order}; "
+            f"pass layout={{{name!r}: ZigZag({dim})}} (flex_model.ZigZag), or Shard({dim}) for contiguous parts"
+        )
+    return order(dim), f"probe: dim {dim} is the sequence"
 
 
 def _tensor_placements(

@@ -23,11 +23,15 @@ AxisKind = Literal["data", "tensor", "stage"]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis as an engine reports it: ``ranks`` are the global ranks along it through this rank, in order."""
+    """One axis as an engine reports it: ``ranks`` are the global ranks along it through this rank, in order.
+
+    ``sequence``: a data axis whose ranks hold parts of the sequence, not of the batch (context parallelism).
+    """
 
     name: str
     kind: AxisKind
     ranks: tuple[int, ...]
+    sequence: bool = False
 
     @property
     def size(self) -> int:

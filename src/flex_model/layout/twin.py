@@ -8,7 +8,7 @@ lengths. Sizes are proven by this, order never is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -44,6 +44,8 @@ class _IntegersAreReal(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = _tensors_of(args, kwargs)
         on_meta = any(t.is_meta for t in tensors)
+        if on_meta and func.namespace == "c10d":
+            return _unsent(func, args)
         if on_meta and func in _SUBSTITUTES:
             return _SUBSTITUTES[func](*args, **kwargs)
         if func is aten.histc.default and not args[0].is_floating_point():
@@ -87,6 +89,14 @@ def _scalar(tensor: Tensor) -> object:
     return True if tensor.dtype == torch.bool else 1
 
 
+def _unsent(func: Any, args: Any) -> Any:
+    """A collective into tensors that are there already has nothing to bring but its shapes."""
+    from torch._C._distributed_c10d import FakeWork
+
+    work = FakeWork().boxed()
+    return work if len(func._schema.returns) == 1 else (args[0], work)
+
+
 def _nonzero(tensor: Tensor) -> Tensor:  # the most there can be: everything
     return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device="meta")
 
@@ -109,6 +119,11 @@ def _is_mesh_state(value: object) -> bool:
     return isinstance(value, (dist.ProcessGroup, DeviceMesh))
 
 
+def _ranks(state: dist.ProcessGroup | DeviceMesh) -> tuple[int, ...]:
+    group = state.mesh.flatten().tolist() if isinstance(state, DeviceMesh) else dist.get_process_group_ranks(state)
+    return tuple(group)
+
+
 class Wholeness(Protocol):
     """What engines know of the model without them."""
 
@@ -122,7 +137,7 @@ class Wholeness(Protocol):
 
 
 @contextmanager
-def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
+def _stripped(model: nn.Module, engines: Wholeness, kept: Collection[tuple[int, ...]]) -> Iterator[dict[int, Any]]:
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
@@ -134,7 +149,7 @@ def _stripped(model: nn.Module, engines: Wholeness) -> Iterator[dict[int, Any]]:
             elif key.endswith("_hooks") or "_hooks_" in key:
                 module.__dict__[key] = type(value)() if value is not None else value
             elif _is_mesh_state(value):
-                memo[id(value)] = None
+                memo[id(value)] = value if _ranks(value) in kept else None
             elif isinstance(value, DTensor):
                 memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
         module.__dict__.pop("forward", None)
@@ -170,8 +185,9 @@ class TwinShapes:
 class Twin:
     """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
 
-    def __init__(self, model: nn.Module, engines: Wholeness) -> None:
-        self._model, self._engines = model, engines
+    def __init__(self, model: nn.Module, engines: Wholeness, kept: Collection[tuple[int, ...]] = ()) -> None:
+        """``kept``: ranks whose groups the copy talks to as the model does, as on axes that part the sequence."""
+        self._model, self._engines, self._kept = model, engines, kept
 
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> TwinShapes:
         """``watched`` are modules of the real model by clean name and side."""
@@ -184,7 +200,7 @@ class Twin:
         return out
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched, times: int) -> Shapes:
-        with _stripped(self._model, self._engines) as memo:
+        with _stripped(self._model, self._engines, self._kept) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))

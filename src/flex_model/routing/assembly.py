@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.layout.layout import Layout, merge_parts, my_part, shard_dim, split_factor
+from flex_model.layout.layout import Layout, ZigZag, fits, merge_parts, my_part, shard_dim, split_factor
 from flex_model.layout.mesh import ModelMesh
 
 __all__ = ["NoRectangle", "Parts", "Shapes", "assemble", "merge", "owners", "owns", "part_of"]
@@ -81,9 +81,9 @@ def owners(mesh: ModelMesh, layout: Layout) -> list[int]:
 def merge(parts: Sequence[Tensor], placement: Placement) -> Tensor:
     """The tensors of one line of ranks as one; raises NoRectangle where they make none."""
     dim = shard_dim(placement)
-    if split_factor(placement) == 1 and dim is not None:
+    if split_factor(placement) == 1 and dim is not None and not isinstance(placement, ZigZag):
         parts = [p for p in parts if p.shape[dim]] or parts[:1]  # a rank without rows has no say in the other dims
-    if len({tuple(s for d, s in enumerate(p.shape) if d != dim) for p in parts}) > 1:
+    if not fits(placement, [p.shape for p in parts]):
         raise NoRectangle
     return merge_parts(parts, placement)
 
