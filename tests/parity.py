@@ -8,6 +8,7 @@ from typing import Any
 
 from oracle import Count, plain_hooks, relative_error
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from flex_model import FlexModel, Site
@@ -29,11 +30,12 @@ def compare(
     types: Sequence[str] = TYPES,
     tolerance: float = 1e-5,
     deliver: str = "all",
+    mesh: DeviceMesh | None = None,
 ) -> Count:
     """``run`` makes the local loss on the engine's model, ``run_plain`` the oracle's loss on the plain one."""
     backward = any("backward" in t for t in types)
     want = plain_hooks(plain, run_plain, backward=backward)
-    fm = FlexModel(model)
+    fm = FlexModel(model, mesh=mesh)
     names = [n for n in fm.wrapped_module_names if any((n, t, 0) in want for t in types)]
     count = Count()
     with ExitStack() as stack:
