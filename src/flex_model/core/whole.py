@@ -62,7 +62,7 @@ def _unsharded(runtime: Runtime, output: Any) -> Any:
                 )
             root = list(runtime.names.places[""].values())[-1]
             outer = root if runtime.engines.parts else runtime.outermost
-            inference.new_call(outer, args, kwargs)
+            inference.new_call(root, args, kwargs)
             inference.begin(outer, args, kwargs, {("", "out", "full_output"): root})
             claims = {
                 forms[leaf.index]: inference.claim(forms[leaf.index], leaf.tensor, root, 0, None)

@@ -22,6 +22,7 @@ from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts, Shapes, assemble, merge, owners, owns
 from flex_model.routing.collectives import all_gather_flat, all_gather_ints, extremes, from_bytes, to_bytes
+from flex_model.routing.straight import straight_layout, straighten
 
 __all__ = ["Buffers", "Deliver", "Item", "deliver", "exchange_shapes", "to_host"]
 
@@ -236,14 +237,14 @@ def _along_lines(bucket: Sequence[Item], axes: Sequence[int], mesh: ModelMesh, b
 
 
 def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor:
-    """This rank's shard as a DTensor of the global shape; nothing moves."""
+    """This rank's shard as a DTensor of the global shape; nothing moves but zig-zag chunks, to contiguous order."""
     if not mesh.axes:
         return item.local
     shape = _full_shape(item, mesh)
     return DTensor.from_local(
-        item.local,
+        straighten(item.local, item.layout, mesh),
         mesh.device_mesh(item.local.device.type),
-        item.layout.placements,
+        straight_layout(item.layout).placements,
         run_check=False,
         shape=torch.Size(shape),
         stride=tuple(prod(shape[d + 1 :]) for d in range(len(shape))),
