@@ -10,7 +10,7 @@ import models
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
+from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -19,6 +19,9 @@ from flex_model.layout.layout import my_part
 from flex_model.layout.sequence import Order
 
 BATCH, LENGTH = 4, 8
+# their names from torch 2.13 on, and before
+gathered = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+gathered_autograd = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 
 class Attention(nn.Module):
@@ -31,9 +34,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         keys, values, theirs = self.k(x), self.v(x), positions
         if self.group is not None:
-            keys = all_gather_tensor_autograd(keys.contiguous(), 1, self.group)
-            values = all_gather_tensor_autograd(values.contiguous(), 1, self.group)
-            theirs = all_gather_tensor(positions.contiguous(), 1, self.group)
+            keys = gathered_autograd(keys.contiguous(), 1, self.group)
+            values = gathered_autograd(values.contiguous(), 1, self.group)
+            theirs = gathered(positions.contiguous(), 1, self.group)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), keys, values))
         seen = positions[:, None, :, None] >= theirs[:, None, None, :]
         weights = (q @ k.transpose(-1, -2)).masked_fill(~seen, float("-inf")).softmax(-1)
@@ -115,3 +118,27 @@ def place(names: tuple[str, ...], order: Order, model: nn.Module | None = None, 
     elif wrapped:
         model = nn.parallel.DistributedDataParallel(model)
     return Placed(model, mesh, order)
+
+
+class Sdpa(nn.Module):
+    """Attention by torch's own function, which ``context_parallel`` replaces."""
+
+    def __init__(self, width: int, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, False
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+def with_sdpa(*, causal: bool) -> Unnamed:
+    """A model that torch's context parallelism can run; its positions are told by no name."""
+    torch.manual_seed(0)
+    model = Unnamed()
+    for layer in model.layers:
+        layer.attention = Sdpa(8)
+        layer.attention.causal = causal
+    return model

@@ -3,16 +3,23 @@ the oracle's (equal tokens a rank, so that the mean of the ranks' losses is the 
 
 from __future__ import annotations
 
+import copy
+import os
+import tempfile
+from contextlib import ExitStack
 from typing import Any
 
 import context
 import parity
 import pytest
 import torch
+import torch.distributed as dist
 from oracle import relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction, ZigZag
@@ -222,3 +229,79 @@ def _whole() -> bool:
 
 def test_shards_and_batches() -> None:
     assert run_world(2, _whole) == [True] * 2
+
+
+# -- torch's own context ---------------------------------------------------------------------------------------
+def _torch_context(device: str, causal: bool, balanced: bool, backend: SDPBackend) -> tuple[str, list[str], int]:
+    """The context opens after the model was wrapped, parts the inputs and closes again."""
+    plain = context.with_sdpa(causal=causal).to(device)
+    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("cp",))
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    inputs = [x.to(device) for x in context.full_inputs()]
+    with ExitStack() as stack:
+
+        def run(m: nn.Module) -> Tensor:
+            mine = [x.clone() for x in inputs]
+            options = torch.distributed.tensor.experimental._attention._cp_options
+            options.enable_load_balance = balanced
+            stack.enter_context(context_parallel(mesh, buffers=mine, buffer_seq_dims=[1, 1]))
+            stack.enter_context(sdpa_kernel(backend))
+            out: Tensor = m(*mine)
+            return out.pow(2).mean()
+
+        count = parity.compare(model, plain, run, lambda m: m(*inputs).pow(2).mean())
+    return str(count), count.wrong + count.refused, count.tried
+
+
+@pytest.mark.parametrize("balanced", [True, False], ids=["zig-zag", "contiguous"])
+def test_torch_context(balanced: bool) -> None:
+    """On the CPU torch runs it with the math kernel and without a mask."""
+    for text, problems, tried in run_world(2, _torch_context, "cpu", False, balanced, SDPBackend.MATH):
+        print(f"torch's context_parallel, {'zig-zag' if balanced else 'contiguous'}: {text}")
+        assert not problems and tried == 114
+
+
+# What torch cannot run on the CPU, and what it says.
+CANNOT = {
+    (True, SDPBackend.MATH): "got mixed torch.Tensor and DTensor",
+    (True, SDPBackend.FLASH_ATTENTION): "does not have a sharding strategy registered",
+    (True, SDPBackend.EFFICIENT_ATTENTION): "No viable backend",
+}
+
+
+def _bare(causal: bool, backend: SDPBackend) -> str:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    with context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2] * 3), sdpa_kernel(backend):
+        try:
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        except Exception as error:
+            return str(error)
+    return "ran"
+
+
+@pytest.mark.parametrize(("causal", "backend"), CANNOT, ids=lambda x: getattr(x, "name", "causal"))
+def test_what_torch_cannot_run_here(causal: bool, backend: SDPBackend) -> None:
+    print(f"context_parallel on the CPU, causal, {backend.name}: not run, {CANNOT[causal, backend]!r}")
+    assert CANNOT[causal, backend] in run_world(2, _bare, causal, backend)[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="causal context_parallel needs two CUDA devices")
+def test_torch_context_on_gpus() -> None:
+    for text, problems, tried in run_gpus(2, _torch_context, "cuda", True, True, SDPBackend.EFFICIENT_ATTENTION):
+        print(f"torch's context_parallel on GPUs, causal, zig-zag: {text}")
+        assert not problems and tried == 114
+
+
+def run_gpus(size: int, fn: Any, *args: Any) -> list[Any]:
+    """``run_world`` over NCCL. CUDA must not have been used in this process before."""
+    return run_world(size, _on_gpu, fn, *args)
+
+
+def _on_gpu(fn: Any, *args: Any) -> Any:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    torch.cuda.set_device(rank)
+    store = dist.FileStore(f"{tempfile.gettempdir()}/flex_model_gpus_{os.getppid()}", size)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size)
+    return fn(*args)
