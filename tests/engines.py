@@ -36,6 +36,8 @@ TWO_RANKS = (
     "sp",
 )
 FOUR_RANKS = ("hsdp", "2d_tp", "2d_sp", "ddp_tp")
+FAIRSCALE_TWO_RANKS = ("fairscale", "fairscale_gathered", "fairscale_local_head")
+FAIRSCALE_FOUR_RANKS = ("fairscale_ddp", "fairscale_gathered_ddp")
 CPU = torch.device("cpu")
 
 
@@ -80,6 +82,8 @@ class Placed:
 
 def place(engine: str, model: nn.Module) -> Placed:
     world, rank = dist.get_world_size(), dist.get_rank()
+    if engine.startswith("fairscale"):
+        return _of_fairscale(engine, model)
     if engine == "ddp":
         return Placed(nn.parallel.DistributedDataParallel(model), world, rank)
     if engine == "fsdp1":
@@ -93,6 +97,10 @@ def place(engine: str, model: nn.Module) -> Placed:
         shape, names = ((world,), ("fsdp",)) if engine == "fsdp2" else ((world // 2, 2), ("dp_replicate", "fsdp"))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         return Placed(_fully_sharded(model, mesh), world, rank)
+    if engine == "hsdp_tp":
+        mesh = init_device_mesh("cpu", (world // 4, 2, 2), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
+        parallelize_module(model, mesh["tp"], plan("tp"))
+        return Placed(_fully_sharded(model, mesh["dp_replicate", "fsdp"]), world // 2, rank // 2)
     if engine.startswith("2d_") or engine == "ddp_tp":
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
         parallelize_module(model, mesh["tp"], plan(engine.removeprefix("2d_").removeprefix("ddp_")))
@@ -106,8 +114,19 @@ def place(engine: str, model: nn.Module) -> Placed:
     return Placed(model)
 
 
+def _of_fairscale(engine: str, model: nn.Module) -> Placed:
+    import fairscale_models
+
+    fairscale_models.start()
+    groups = fairscale_models.fs_init
+    model = fairscale_models.exchanged(model, engine.removesuffix("_ddp"))
+    if engine.endswith("_ddp"):
+        model = fairscale_models.with_ddp(model)
+    return Placed(model, groups.get_data_parallel_world_size(), groups.get_data_parallel_rank())
+
+
 def _fully_sharded(model: nn.Module, mesh: Any) -> nn.Module:
-    for layer in model.layers:  # type: ignore[union-attr]
+    for layer in dict.fromkeys(model.layers):  # type: ignore[union-attr,arg-type]
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -119,6 +138,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def local_loss(engine: str, output: Tensor) -> Tensor:
     """Mean square of this rank's logits, all of them where the head leaves them sharded."""
+    if engine == "fairscale_local_head":
+        from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+
+        output = gather_from_model_parallel_region(output)
     if engine == "tp_local_head":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         output = DTensor.from_local(output, mesh, [Shard(-1)], run_check=False)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from oracle import Count, plain_hooks, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -83,9 +85,18 @@ def full_gradients(fm: FlexModel, parameters: dict[str, Tensor]) -> dict[str, Te
             grad = DTensor.from_local(
                 grad, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
             )
+        cut = getattr(parameter, "cut", None)  # (dim, group) of parameters that are plain parts
+        if cut is not None and grad is not None:
+            grad = _joined(grad, *cut)
         if grad is not None:
             out[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
     return out
+
+
+def _joined(local: Tensor, dim: int, group: Any) -> Tensor:
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts, dim)
 
 
 def wrong_gradients(

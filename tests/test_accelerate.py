@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction, Site
+from flex_model.errors import RegistrationError
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -170,7 +171,47 @@ def _on_disk(model: nn.Module, folder: Path) -> nn.Module:
     return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("place", [_dispatched, _offloaded, _on_disk])
+HALF = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
+AWAY = ("model.layers.1", "model.norm", "lm_head")
+
+
+def _half_on_disk(model: nn.Module, folder: Path) -> nn.Module:
+    away = {name: "disk" for name in AWAY}
+    return accelerate.dispatch_model(model, device_map=HALF | away, main_device="cpu", offload_dir=str(folder))
+
+
+PLACES = [_dispatched, _offloaded, _on_disk, _half_on_disk]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_of_dispatched(place: Callable[[nn.Module, Path], nn.Module], tmp_path: Path) -> None:
+    """Of values, with an edit in the way, and of weights; those that are made anew for each forward are refused."""
+    batch, names = models.inputs("llama"), [n for n, _ in models.make("llama").named_parameters()]
+    plain, fm = FlexModel(models.make("llama"), {}), FlexModel(place(models.make("llama"), tmp_path), {})
+    here = [n for n in names if not fm.module.get_parameter(n).is_meta]
+    assert len(here) == {_dispatched: len(names), _half_on_disk: 10}.get(place, 0)
+    captures = []
+    for model in (plain, fm):
+        for name in here:
+            model.register_hook(HookFunction(name))
+        with model.edit(EDITED, lambda x: torch.tanh(x)), model.capture("**", grad=True) as acts:
+            model(**batch).logits.pow(2).mean().backward()
+        captures.append(acts)
+    want, got = captures
+    for key in want:
+        for a, b in zip(got.calls(key), want.calls(key), strict=True):
+            assert torch.equal(a, b)
+        if key in want._grads.values:
+            assert all(close(a, b) for a, b in zip(got.grads(key), want.grads(key), strict=True))
+    for name in names:
+        if name in here:
+            assert close(fm.output_ptr[name][0], plain.output_ptr[name][0])
+        else:
+            with pytest.raises(RegistrationError, match=f"{name} .*no hook can meet this gradient: it is offloaded"):
+                fm.register_hook(HookFunction(name))
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_dispatched(place: Callable[[nn.Module, Path], nn.Module], tmp_path: Path) -> None:
     batch = models.inputs("llama")
     plain = FlexModel(models.make("llama"))

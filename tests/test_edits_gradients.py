@@ -44,9 +44,9 @@ def plain_edit(model: nn.Module, site: str, hook_type: str, fn: Callable[[Tensor
     if hook_type == "forward":
         module.register_forward_hook(lambda m, a, o: fn(o))
     elif hook_type == "forward_pre":
-        module.register_forward_pre_hook(lambda m, a: (fn(a[0]),))
+        module.register_forward_pre_hook(lambda m, a: (fn(a[0]), *a[1:]))
     elif hook_type == "full_backward":
-        module.register_full_backward_hook(lambda m, gi, go: (fn(gi[0]),))
+        module.register_full_backward_hook(lambda m, gi, go: (fn(gi[0]), *gi[1:]))
     else:
         module.register_full_backward_pre_hook(lambda m, go: (fn(go[0]),))
 

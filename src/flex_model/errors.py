@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "DeliveryError",
     "EditError",
+    "EngineError",
     "FlexModelError",
     "GroupError",
     "LayoutError",
@@ -42,6 +43,10 @@ class RegistrationError(FlexModelError, ValueError):
 
 class MeshError(FlexModelError, ValueError):
     """Sizes or a mesh that were given contradict the parallelism found on the model."""
+
+
+class EngineError(FlexModelError, NotImplementedError):
+    """The model runs in a way that hooks on it cannot follow."""
 
 
 class LayoutError(FlexModelError, RuntimeError):

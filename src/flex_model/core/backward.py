@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.core import fast
 from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged, in_backward
 from flex_model.core.gradients import meet_gradient, parameter_layout
 from flex_model.core.inference import Form, Spot
+from flex_model.engines import GradientSite
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout
-from flex_model.layout.mesh import AxisKind
 from flex_model.trees import tensors
 
 if TYPE_CHECKING:
@@ -89,14 +87,16 @@ class Backward:
                     out.append(bound)
         return out
 
-    def on_parameter(
-        self, bound: Bound, stated: Mapping[AxisKind, Placement], spec: Any, grad: Tensor
-    ) -> Tensor | None:
+    def on_parameter(self, bound: Bound, site: GradientSite, spec: Any, grad: Tensor) -> Tensor | None:
         if self.runtime.quiet:
             return None
         call = self.runtime.call_now()
         self.arm(call)
-        layout = parameter_layout(self.runtime, grad, stated, spec)
+        if site.refusal:
+            error = LayoutError(f"{bound.where}: the full gradient is unknown: {site.refusal}.")
+            self.runtime.outbox.refuse(bound, bound.key_of(0, False), error)
+            return None
+        layout = parameter_layout(self.runtime, grad, site.stated, spec)
         form = Form(Spot(bound.name, "param", 0), grad.dim(), True)
         return meet_gradient(self.runtime, [(bound, False)], 0, form, layout, call, grad)
 

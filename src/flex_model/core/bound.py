@@ -42,9 +42,11 @@ class Bound:
     selection: Selection | None = None
     override: tuple[Any, ...] = ()
     axes: tuple[int, ...] | None = None
+    apart: bool = False  # its values are moved with their flattened dim 0 taken apart
     enabled: bool = True
     temporary: bool = False  # of capture and edit: the choice of groups does not apply
     fired: int = 0
+    told: bool = False  # that there is nothing to hook in the value
     handles: list[Callable[[], None]] = field(default_factory=list)
 
     @property

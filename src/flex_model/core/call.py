@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,22 @@ from flex_model.layout.layout import Layout
 from flex_model.layout.probe import BatchDim
 from flex_model.trees import find_leaves, first_tensor
 
-__all__ = ["ActiveCall", "Staged", "in_backward"]
+__all__ = ["ActiveCall", "Staged", "in_backward", "runs_already"]
 
 in_backward = torch._C._current_graph_task_id  # -1 outside of a backward; a forward inside one is a recomputation
+
+
+def runs_already(module: nn.Module) -> bool:
+    """Whether ``module`` is being called inside a call of its own; asked in its pre-hook, and rarely.
+
+    Counting calls would not do: a KeyboardInterrupt ends one without a hook that could count it.
+    """
+    frame, calls = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            calls += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls > 1
 
 
 Snapshot = tuple[tuple[Any, ...], dict[str, object]]
@@ -56,6 +70,7 @@ class ActiveCall:
     kwargs: dict[str, Any]
     grad_mode: bool = False
     place: tuple[int, int] | None = None  # (stage, microbatch) in a pipeline's step
+    depth: int = 0  # how often its module runs inside its own forward at the moment
     staged: list[Staged] = field(default_factory=list)
     claims: dict[Form, Claim] = field(default_factory=dict)
     snapshots: dict[tuple[int, int], list[Snapshot]] = field(default_factory=dict)

@@ -35,16 +35,27 @@ class Captured(Mapping[str | Site, Value]):
     """Full tensors by name: ``acts[name]`` of its only call, ``acts.calls(name)`` of all, ``acts.grad(name)``.
 
     Iterating goes over the names that were captured, in the model's order. A name whose layout was refused raises its
-    LayoutError when it is asked for; ``acts.refused`` lists them.
+    LayoutError when it is asked for; ``acts.refused`` lists them. A module that the model holds under several names is
+    found by any of them, and listed once where a glob matched.
     """
 
-    def __init__(self, keys: list[str | Site], elsewhere: str = "") -> None:
+    def __init__(self, keys: list[str | Site], elsewhere: str = "", same: Mapping[str, str] | None = None) -> None:
         self._keys = keys
+        self._same = same or {}  # {another name of a module: its first name}
+        self._empty: dict[str | Site, str] = {}  # what a module gave instead of tensors
         self._values, self._grads = _Calls(), _Calls()
         self._elsewhere = elsewhere
         self.refused: dict[str | Site, Exception] = {}
 
+    def _held(self, key: str | Site) -> str | Site:
+        """The key under which the module of this name is kept."""
+        if key in self._keys or not isinstance(key, str) or not self._same:
+            return key
+        first = self._same.get(key, key)
+        return next((k for k in self._keys if isinstance(k, str) and self._same.get(k, k) == first), key)
+
     def _of(self, table: _Calls, key: str | Site, what: str) -> list[Value]:
+        key = self._held(key)
         if key in self.refused:
             raise self.refused[key]
         found = table.values.get(key)
@@ -53,6 +64,8 @@ class Captured(Mapping[str | Site, Value]):
         if key not in self._keys and not any(isinstance(k, Site) and k.name == key for k in table.values):
             names = ", ".join(repr(k) for k in self._keys[:5])
             raise NameNotFoundError(f"{key!r} was not asked for in this capture; it has {names}.")
+        if key in self._empty:
+            raise DeliveryError(f"{key!r} fired, but there is no {what} to capture: {self._empty[key]}.")
         if self._elsewhere:
             raise DeliveryError(f"the {what} of {key!r} is not here: {self._elsewhere}")
         raise DeliveryError(

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from flex_model.errors import EditError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.one_rank import OneRankRoute, tie, use_parameters
-from flex_model.routing.route import Route, gradient_scale, scale_gradient
+from flex_model.routing.route import (
+    Route,
+    gradient_scale,
+    scale_gradient,
+    with_part_of_gradient,
+    with_whole_gradient,
+)
 from flex_model.routing.straight import straight_layout, straighten, unstraighten
 
 __all__ = ["EditContext", "check_answer", "refuse_write", "run_edit", "seeded"]
@@ -52,7 +59,11 @@ def run_edit(
     run = {"every_rank": _every_rank, "one_rank": _one_rank, "sharded": _sharded}[bound.hook.run]
     if not context.mesh.axes and bound.hook.run != "sharded":
         run = _every_rank
-    return run(bound, context, local, layout, index, call)
+    if not layout.late:
+        return run(bound, context, local, layout, index, call)
+    mesh = context.mesh
+    out, whole = run(bound, context, with_part_of_gradient(local, mesh, layout), layout, index, call)
+    return (None if out is None else with_whole_gradient(out, mesh, layout)), whole
 
 
 def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
@@ -68,6 +79,8 @@ def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Ca
 
 def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
     assert bound.edit is not None and bound.module is not None
+    if bound.apart:
+        return _answer_flat(bound, context, full, index, call)
     problem = check_expected(bound, full)
     if problem:
         raise ShapeError(problem)
@@ -98,6 +111,16 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
     check_answer(bound, value, out)
     edited: Tensor = out
     return edited if selection is None else selection.put(full, edited)
+
+
+def _answer_flat(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
+    """The answer to a value whose dim 0 was taken apart to bring it here."""
+    if isinstance(full, DTensor):
+        raise EditError(
+            f"{bound.where}: dim 0 is two dims in one, whose shards are interleaved; run='every_rank' gives it whole."
+        )
+    out = _answer(replace(bound, apart=False), context, full.flatten(0, 1), index, call)
+    return None if out is None else out.unflatten(0, full.shape[:2])
 
 
 def refuse_write(bound: Bound) -> None:

@@ -55,7 +55,8 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
         or hook.run == "sharded"
     ):
         return None
-    if bound.edit is None and runtime.device is not None and runtime.device_of_values == runtime.device:
+    stays = runtime.on_one_device and runtime.device is not None and runtime.device_of_values == runtime.device
+    if bound.edit is None and stays:
         return _capture(runtime, point, bound)
     if bound.sink is None and bound.edit is not None and not bound.wants_call and hook.expected_shape is None:
         return _edit(runtime, point, bound)

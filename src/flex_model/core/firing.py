@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from flex_model.layout.layout import Layout
 from flex_model.routing.collectives import extremes
 from flex_model.routing.delivery import to_host
 from flex_model.routing.one_rank import tie
-from flex_model.routing.route import Route
+from flex_model.routing.route import Route, with_part_of_gradient, with_whole_gradient
 from flex_model.trees import Leaf, find_leaves, input_leaves, replace_leaves, resolve_index
 
 if TYPE_CHECKING:
@@ -37,23 +38,27 @@ class Point:
         self.values = [b for b in bounds if not b.is_gradient]
         self.gradients = [b for b in bounds if b.is_gradient or b.gradient_sink is not None]
         self.by_path = any(not isinstance(b.hook.unpack_idx, int) for b in bounds)
+        module = bounds[0].module
+        self.apart = bool(runtime.mesh.axes) and module is not None and runtime.engines.flattens(module, side)
+        for bound in bounds:
+            bound.apart = self.apart
 
     # -- torch's hooks -----------------------------------------------------------------------------------------
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.runtime.quiet:
             return None
         leaves = input_leaves(module, args, kwargs) if self.by_path else find_leaves((args, kwargs))
-        new = self.visit(module, leaves, (args, kwargs))
+        new = self.visit(module, leaves, (args, kwargs), (args, kwargs))
         return replace_leaves((args, kwargs), new) if new else None
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.runtime.quiet:
             return None
         leaves = [Leaf(0, "", output)] if isinstance(output, Tensor) else find_leaves(output)
-        new = self.visit(module, leaves, args)
+        new = self.visit(module, leaves, args, output)
         return replace_leaves(output, new) if new else None
 
-    def visit(self, module: nn.Module, leaves: list[Leaf], inputs: Any) -> dict[int, Tensor]:
+    def visit(self, module: nn.Module, leaves: list[Leaf], inputs: Any, value: Any) -> dict[int, Tensor]:
         """The tensors to put in the place of others, by index."""
         runtime = self.runtime
         alone = runtime.active is None and in_backward() == -1
@@ -61,10 +66,13 @@ class Point:
             runtime.enter(module, inputs if isinstance(inputs, tuple) else (inputs,), {})
         call = runtime.call_now()
         occurrence = runtime.inference.passes(self.name, self.side)
-        now = {leaf.index: leaf.tensor for leaf in leaves}
+        inner = runtime.engines.inner_rows(module, inputs) if self.apart else 1
+        now = {x.index: x.tensor.unflatten(0, (-1, inner)) if self.apart else x.tensor for x in leaves}
         new: dict[int, Tensor] = {}
         for bound in self.values:
             chosen = resolve_index(leaves, bound.hook.unpack_idx)
+            if not chosen:
+                _tell_nothing(bound, value, leaves)
             for leaf in chosen:
                 out = fire(
                     runtime,
@@ -81,9 +89,16 @@ class Point:
                 out = watch_gradient(runtime, watchers, index, now[index], call, occurrence, self.side)
                 if out is not None:
                     new[index] = out
+        elif self.gradients and call.checkpointed and runtime.mesh.axes:  # they are watched in the recomputation
+            for index, watchers in self._watched(leaves).items():
+                self._claim(watchers[0][0], index, now[index], call, occurrence)
         if alone:
             runtime.leave(module, None)
-        return new
+        return {i: t.flatten(0, 1) for i, t in new.items()} if self.apart else new
+
+    def _claim(self, bound: Bound, index: int, value: Tensor, call: ActiveCall, occurrence: int) -> None:
+        spot = Spot(bound.name, self.side, index, False, bound.override, occurrence)
+        claim_layout(self.runtime, bound, self.runtime.inference.form(spot, value), value, call, occurrence, now=False)
 
     def _watched(self, leaves: list[Leaf]) -> dict[int, list[tuple[Bound, bool]]]:
         table: dict[int, list[tuple[Bound, bool]]] = {}
@@ -92,6 +107,18 @@ class Point:
             for leaf in chosen:
                 table.setdefault(leaf.index, []).append((bound, len(chosen) > 1))
         return table
+
+
+def _tell_nothing(bound: Bound, value: Any, leaves: Sequence[Leaf]) -> None:
+    """The value has no tensor where the hook looks for one: said where it is asked for, or else once as a warning."""
+    kind = "(args, kwargs)" if bound.side == "in" else type(value).__name__
+    reason = f"its {bound.side}put is {kind} with {len(leaves)} tensors, none at unpack_idx={bound.hook.unpack_idx!r}"
+    told = getattr(bound.sink, "empty", None)
+    if told is not None:
+        told(bound.key, reason)
+    elif not bound.told:
+        bound.told = True
+        warnings.warn(f"the hook on {bound.where} has nothing to do: {reason}.", stacklevel=2)
 
 
 def fire(runtime: Runtime, bound: Bound, leaf: Leaf, call: ActiveCall, occurrence: int, several: bool) -> Tensor | None:
@@ -186,10 +213,11 @@ def _attach(
     else:
         runtime.mesh.prepare()
         route = Route(runtime.mesh, layout, local, even_axes=_even_axes(runtime, layout, call))
-        full = route.unshard(local).clone()
-        back = route.reshard(full.clone())
+        full = route.unshard(with_part_of_gradient(local, runtime.mesh, layout)).clone()
+        back = with_whole_gradient(route.reshard(full.clone()), runtime.mesh, layout)
     if capturing and bound.sink is not None:
-        bound.sink.put(key, full if bound.selection is None else bound.selection.take(full))
+        told = full.flatten(0, 1) if bound.apart else full
+        bound.sink.put(key, told if bound.selection is None else bound.selection.take(told))
     return like(back, value)
 
 

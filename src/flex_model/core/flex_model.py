@@ -105,10 +105,13 @@ class FlexModel(nn.Module):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         runtime = self._runtime
-        before, runtime.direct = runtime.direct, bool(runtime.bounds)
+        before, runtime.direct = runtime.direct, any(b.enabled for b in runtime.bounds)
         runtime.last_inputs = (args, kwargs) if runtime.whole.axes else ((), {})
         try:
-            return self.module(*args, **kwargs)
+            if not runtime.direct or not runtime.names.compiled:
+                return self.module(*args, **kwargs)
+            with runtime.uncompiled():
+                return self.module(*args, **kwargs)
         finally:
             runtime.direct = before
             if runtime.active is not None and not runtime.quiet:  # torch runs no hook after KeyboardInterrupt
@@ -303,13 +306,18 @@ class FlexModel(nn.Module):
         hook_type: HookType = "forward",
         **keywords: Any,
     ) -> Iterator[list[HookFunction]]:
-        """Apply an editing function wherever the pattern matches within the block; takes HookFunction's keywords."""
+        """Apply an editing function wherever the pattern matches within the block; takes HookFunction's keywords.
+
+        Once a firing, whatever number of names a module has.
+        """
         runtime = self._runtime
         runtime.look()
         keywords = {"capture": False, **keywords}
         of = "parameter" if hook_type == "tensor" else "module"
         bounds = []
-        for key, name in runtime.names.match(pattern, of=of):
+        others = runtime.names.others(of)
+        found = {others.get(name, name): (key, name) for key, name in runtime.names.match(pattern, of=of)}
+        for key, name in found.values():
             hook = HookFunction(name, editing_function=editing_function, **keywords)
             sink = self._sink if hook.capture else None
             bounds.append(bind(runtime, hook, hook_type, key, sink, self._deliver, temporary=True))

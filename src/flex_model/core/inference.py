@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ class Inference:
         self.known: dict[Form, Layout | LayoutError] = {}
         self._common: dict[Form, Layout | LayoutError | None] = {}  # of a place; None where its firings differ
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+        self._entered = False  # through a module of the engine's
         self._watched: Watched = {}
         self._twin: TwinShapes | None = None
         self._found: dict[str, dict[Key, list[BatchDim]] | str] = {}  # what probes saw, or why they could not
@@ -117,7 +118,9 @@ class Inference:
             return
         self._probed |= {(self._kind, *key) for key in fresh}
         self._watched = {key[:2]: m for key, m in fresh.items()}
-        self._inputs = (module, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
+        called, args, kwargs = self.engines.entry(module, args, kwargs)
+        self._entered = called is not module
+        self._inputs = (called, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
         self._twin, self._found = None, {}
         for along in self._probes:
             self._probe(along)
@@ -126,12 +129,12 @@ class Inference:
         assert self._inputs is not None
         module, args, kwargs = self._inputs
         try:
-            self._found[along.word] = probe(module, args, kwargs, self._watched, along)
+            dim = self.engines.batch_dim(module, (args, kwargs))
+            self._found[along.word] = probe(module, args, kwargs, self._watched, along, dim)
         except Exception as error:
-            self._found[along.word] = (
-                f"the {along.word} could not be probed ({type(error).__name__}: {str(error)[:200]})"
-            )
-            logger.info("%s", self._found[along.word])
+            failure = f"the {along.word} could not be probed ({type(error).__name__}: {str(error)[:200]})"
+            self._found[along.word] = failure
+            logger.info("%s", failure)
 
     def end(self) -> None:
         self._inputs = self._twin = None
@@ -187,10 +190,16 @@ class Inference:
             batch=self._probed_dim(BATCH, key, spot.index),
             sequence=self._probed_dim(SEQUENCE, key, spot.index),
             sequence_order=self._order,
-            expected_shape=expected,
             sharding=self._sharding,
-            order=lambda dim, size: self.engines.order(module, spot.side, dim - value.dim(), size),
-            **self._twin_shapes(key, spot.index, stated),
+            expected_shape=expected,
+            unknown=""
+            if len(spot.override) == len(self.mesh.axes)
+            else self.engines.unknown(module, spot.side, spot.index),
+            late=self._on_axes(self.engines.late_gradients(module, spot.side, spot.index)),
+            order=lambda dim, size: (
+                self._disorder(key, spot.index) or self.engines.order(module, spot.side, dim - value.dim(), size)
+            ),
+            **self._twin_shapes(module, key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
         return claim(plain, evidence, self.mesh)
@@ -216,27 +225,38 @@ class Inference:
     def _sharding(self) -> frozenset[tuple[int, ...]]:
         return self.engines.sharding
 
-    def _twin_shapes(self, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
+    def _on_axes(self, lines: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+        mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
+        return tuple(mine[line] for line in lines if line in mine)
+
+    def _twin_shapes(self, module: nn.Module, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
         undecided = [i for i, a in enumerate(self.mesh.axes) if a.kind == "tensor" and i not in stated]
         if not undecided:
             return {}
+        if doubt := self.engines.doubt(module, key.side):
+            return {"twin_failure": doubt}
         if self._inputs is None:
             return {"twin_failure": "its first call was before the hook was there"}
         if self._twin is None:
-            module, args, kwargs = self._inputs
-            roots = [m for m in module.modules() if any(m is root for root in self.roots)]
-            inside = roots[0] if roots else module  # without its wrappers
+            called, args, kwargs = self._inputs
+            roots = [m for m in called.modules() if any(m is root for root in self.roots)]
+            inside = roots[0] if roots and not self._entered else called  # without its wrappers
             if roots:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
-            self._twin = Twin(inside, self.engines, {a.ranks for a in self.mesh.axes if a.sequence}).shapes(
-                args, kwargs, self._watched
-            )
+            dim = self.engines.batch_dim(inside, (args, kwargs))
+            kept = {a.ranks for a in self.mesh.axes if a.sequence}
+            self._twin = Twin(inside, self.engines, dim, kept).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
+        if once is None or twice is None:
+            once = twice = None
         return {
             "twin": once[index] if once is not None and index < len(once) else None,
             "twin_twice": twice[index] if twice is not None and index < len(twice) else None,
             "twin_failure": self._twin.failure,
         }
+
+    def _disorder(self, key: Key, index: int) -> str | None:
+        return None if self._twin is None else self._twin.disordered.get((key, index))
 
     def _probed_dim(self, along: Along, key: Key, index: int) -> BatchDim | None:
         found = self._found.get(along.word)
@@ -278,6 +298,8 @@ class Inference:
                 placements[axis] = Partial("avg" if self.mesh.mean else "sum")
             elif isinstance(placement, Partial):
                 placements[axis] = Replicate()
+        for axis in forward.late:
+            placements[axis] = Partial("sum")
         for axis, (placement, _) in self.stated(grad).items() if isinstance(grad, DTensor) else ():
             placements[axis] = placement
         return Layout(tuple(placements), forward.evidence, forward.shape, forward.ragged, forward.proven)

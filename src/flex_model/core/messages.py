@@ -29,7 +29,7 @@ class Messages:
         self._sent: list[tuple[Any, torch.Tensor]] = []  # buffers live until they are gone
 
     def _route(self, sender: int, receiver: int, microbatch: int) -> tuple[int, int] | None:
-        """(coordinate of the other rank, tag) of a message; None where both stages are on this rank, or there is none."""
+        """(coordinate of the other rank, tag) of a message; None where there is none to send."""
         if not (0 <= sender < len(self._coordinates) and 0 <= receiver < len(self._coordinates)):
             return None
         there, here = self._coordinates[sender], self._coordinates[receiver]

@@ -1,7 +1,9 @@
 """Names of modules and parameters as the plain model spells them, and the patterns that choose among them.
 
-Engines wrap modules (``module.``, ``_fsdp_wrapped_module.``, ``_orig_mod.``, ``_checkpoint_wrapped_module.``).
-A clean name leaves the wrappers out, so that one script finds the same module under every engine.
+Engines wrap modules (``module.``, ``_fsdp_wrapped_module.``, ``_orig_mod.``, ``_checkpoint_wrapped_module.``), and so
+does PEFT (``base_model.model.``). A clean name leaves the wrappers out, so that one script finds the same module under
+every engine. A module or parameter that the model holds in several places has all their names; a glob or a predicate
+takes it once, under the first name that matches.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from flex_model.core.adapters import has_two_sets, plain_layer, wrapped_model
+from flex_model.engines import wrapped
 from flex_model.errors import NameNotFoundError
 
 __all__ = ["Names", "Pattern", "StageTable", "glob_to_regex"]
@@ -31,7 +35,12 @@ def _wrapped_child(module: nn.Module) -> str | None:
             return attribute
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return "module"
-    return None
+    return wrapped(module) or wrapped_model(module)
+
+
+def _never_fires(module: nn.Module) -> bool:
+    """Whether the module has no forward, as ModuleList has none: it holds others, and nobody can call it."""
+    return getattr(module.forward, "__func__", module.forward) is nn.Module.forward
 
 
 # These wrappers take themselves out of state_dict's keys.
@@ -50,6 +59,12 @@ def _moved(key: str, prefixes: dict[str, str]) -> str:
         if head in prefixes:
             return _join(prefixes[head], *parts[cut:])
     return key
+
+
+def _goes_through(name: str, longer: str) -> bool:
+    """Whether ``longer`` has all parts of ``name``, in order and others between them."""
+    parts = iter(longer.split("."))
+    return all(part in parts for part in name.split("."))
 
 
 def glob_to_regex(pattern: str) -> re.Pattern[str]:
@@ -87,6 +102,9 @@ class StageTable:
     coordinate: int  # of its ranks, along the stage axis
     modules: Mapping[str, str]  # clean name -> class
     parameters: Mapping[str, bool]  # clean name -> requires a gradient
+    silent: frozenset[str] = frozenset()  # modules that never fire
+    same: Mapping[str, str] = field(default_factory=dict)  # another name of a module -> its first
+    tied: Mapping[str, str] = field(default_factory=dict)  # the same of parameters
 
 
 class Names:
@@ -113,59 +131,115 @@ class Names:
         self._holders: dict[str, nn.Parameter] = {}  # of parameters that an engine keeps elsewhere
         self._spellings: dict[str, str] = {}
         self._parameter_spellings: dict[str, str] = {}
-        self._state: dict[str, str] = {}  # clean module name -> its prefix in the wrapped model's state_dict
+        self._state: dict[str, str] = {}  # prefix of plain keys -> that in the wrapped model's state_dict
+        self._plain: dict[str, str] = {}  # raw module name -> what the names of its parameters begin with
+        self._prefixes: dict[str, str] = {}  # the same by clean module name
+        self._tied: dict[tuple[int, str], tuple[int, str]] = {}  # (id of an owner, attribute) -> the first such place
         self._parameters_on: dict[int, list[str]] = {}  # clean names by stage
         for stage, part in sorted((parts or {0: root}).items()):
             raw = "" if part is root else next(n for n, m in root.named_modules() if m is part)
-            self._walk(part, "", raw, raw, stage)
+            self._walk(part, "", raw, raw, "", stage)
+        self._inside = self._of_wrappers()
         self._spellings.update({clean: clean for clean in self.modules})  # a plain name goes before a slice's own
+        inside = (*self.modules.values(), root)
+        self.compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in inside)
+        first: dict[int, str] = {}
+        firsts = {n: first.setdefault(id(m), n) for n, m in self.modules.items()}
+        self.other_names = {n: f for n, f in firsts.items() if n != f}
 
-    def _walk(self, module: nn.Module, clean: str, raw: str, state: str, stage: int) -> None:
+    def _walk(self, module: nn.Module, clean: str, raw: str, state: str, plain: str, stage: int) -> None:
+        """``plain`` is what names of parameters begin with: an adapted layer's name, also inside the plain layer."""
         if self._absent(module):
             return
-        clean = self._renamed.get(raw, self._renamed.get(clean, clean))
-        self._spellings[raw] = clean
+        renamed = self._renamed.get(raw, self._renamed.get(clean, clean))
+        clean, plain = renamed, plain if renamed == clean else renamed
+        self._spellings[raw], self._plain[raw] = clean, plain
         inner = _wrapped_child(module)
         if inner is not None and (child := module._modules[inner]) is not None:
-            kept = "" if inner in _ABSENT_FROM_STATE else inner
-            self._walk(child, clean, _join(raw, inner), _join(state, kept), stage)
-            return
-        self._state.setdefault(clean, state)
+            kept = "" if inner in _ABSENT_FROM_STATE or wrapped(module) else inner
+            self._walk(child, clean, _join(raw, inner), _join(state, kept), plain, stage)
+        else:
+            self._add_module(module, clean, raw, state, plain, stage)
+        adapted = plain_layer(module)
+        for name, child in module._modules.items():
+            if child is None or name == inner:
+                continue
+            below = plain if name == adapted else _join(plain, name)
+            self._walk(child, _join(clean, name), _join(raw, name), _join(state, name), below, stage)
+            if name == adapted and not has_two_sets(module):
+                self._spell_plainly(_join(clean, name), clean)
+
+    def _add_module(self, module: nn.Module, clean: str, raw: str, state: str, plain: str, stage: int) -> None:
+        if plain != clean or plain not in self._state:
+            self._state[plain] = state
         self._spellings.setdefault(clean, clean)
+        self._prefixes.setdefault(clean, plain)
         self.modules.setdefault(clean, module)
         self.places.setdefault(clean, {})[stage] = module
         for name, value in module._parameters.items():
             if value is not None and name != "_flat_param":
                 self._add_parameter(module, name, clean, raw, stage)
-        for name, child in module._modules.items():
-            if child is not None:
-                self._walk(child, _join(clean, name), _join(raw, name), _join(state, name), stage)
+
+    def _of_wrappers(self) -> str:
+        """What wrappers together put before each name: PEFT's ``base_model.model``."""
+        deepest = next(r for r, clean in reversed(self._spellings.items()) if not clean)
+        return self.strip(deepest) if "" in self._plain else ""
+
+    def _spell_plainly(self, layer: str, plain: str) -> None:
+        """The modules of a layer below the adapter on it have the plain model's names, too."""
+        for name in [n for n in self.modules if n.startswith(f"{layer}.")]:
+            self._spellings.setdefault(plain + name[len(layer) :], name)
 
     def _add_parameter(self, module: nn.Module, name: str, clean: str, raw: str, stage: int) -> None:
-        clean_name = _join(clean, name)
-        self.parameters.setdefault(clean_name, (module, name))
-        self._parameters_on.setdefault(stage, []).append(clean_name)
-        self._parameter_spellings[clean_name] = clean_name
-        self._parameter_spellings[_join(raw, name)] = clean_name
+        plain_name = _join(self._prefixes[clean], name)
+        self.parameters.setdefault(plain_name, (module, name))
+        self._parameters_on.setdefault(stage, []).append(plain_name)
+        for spelling in (plain_name, _join(clean, name), _join(raw, name)):
+            self._parameter_spellings[spelling] = plain_name
 
     def add_hidden(self, parameters: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
         """Give names to parameters that their owners do not hold at the moment."""
-        owners = {id(m): (n, stage) for n, there in self.places.items() for stage, m in there.items()}
+        owners: dict[int, list[tuple[str, int]]] = {}
+        for name, there in self.places.items():
+            for stage, module in there.items():
+                owners.setdefault(id(module), []).append((name, stage))
         for owner, attribute, holder in parameters:
-            clean, stage = owners[id(owner)]
-            self._add_parameter(owner, attribute, clean, clean, stage)
-            self._holders[_join(clean, attribute)] = holder
+            for clean, stage in owners[id(owner)]:
+                self._add_parameter(owner, attribute, clean, clean, stage)
+                self._holders[_join(self._prefixes[clean], attribute)] = holder
+
+    def add_tied(self, pairs: Iterable[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]) -> None:
+        """Pairs of places that hold one parameter, where the objects there do not tell."""
+        for (owner, attribute), (first, its) in pairs:
+            self._tied[id(owner), attribute] = (id(first), its)
+
+    @property
+    def _tied_names(self) -> dict[str, str]:
+        """{another name of a parameter on this rank: its first}."""
+        first: dict[object, str] = {}
+        firsts = {n: first.setdefault(self._held(n), n) for n in self.parameters}
+        return {n: f for n, f in firsts.items() if n != f}
+
+    def _held(self, name: str) -> object:
+        owner, attribute = self.parameters[name]
+        place, held = (id(owner), attribute), owner._parameters.get(attribute)
+        return self._tied.get(place, place) if name in self._holders or held is None else id(held)
 
     # -- of other stages ---------------------------------------------------------------------------------------
     def table(self, coordinate: int) -> list[StageTable]:
         """What other ranks need to know of this rank's stages."""
         stages = sorted({stage for there in self.places.values() for stage in there})
+        real = {n for n, m in self.modules.items() if not isinstance(m, nn.Identity)}  # one may fill several places
+        same = {n: first for n, first in self.other_names.items() if n in real}
         return [
             StageTable(
                 stage,
                 coordinate,
                 {n: type(there[stage]).__name__ for n, there in self.places.items() if stage in there},
                 {n: self.requires_grad(n) for n in self._parameters_on.get(stage, ())},
+                frozenset(n for n, there in self.places.items() if stage in there and _never_fires(there[stage])),
+                {n: first for n, first in same.items() if stage in self.places[n] and stage in self.places[first]},
+                {n: first for n, first in self._tied_names.items() if n in self._parameters_on.get(stage, ())},
             )
             for stage in stages
         ]
@@ -177,6 +251,7 @@ class Names:
             "module": dict.fromkeys(n for t in self.tables for n in t.modules),
             "parameter": dict.fromkeys(n for t in self.tables for n in t.parameters),
         }
+        self.other_names = {n: first for t in self.tables for n, first in t.same.items()}
 
     def check_collisions(self) -> None:
         """Slices that count their layers from 0 have the same names; only the user knows the plain model's."""
@@ -243,7 +318,7 @@ class Names:
         """Named parameters or buffers of the wrapped model under their clean names."""
         for raw, value in pairs:
             owner, _, attribute = raw.rpartition(".")
-            yield _join(prefix, _join(self._spellings.get(owner, owner), attribute)), value
+            yield _join(prefix, _join(self._plain.get(owner, owner), attribute)), value
 
     def plain_key(self, key: str) -> str:
         """A key of the wrapped model's state_dict as the plain model has it."""
@@ -265,10 +340,15 @@ class Names:
         plain = self._everywhere.get(of, {})  # of all stages; a slice's own names come after
         found = next((n for n in (name, self.strip(name)) if n in plain), None)
         if found is None:
-            found = spellings.get(name, spellings.get(self.strip(name)))
+            found = spellings.get(name, spellings.get(self._relative(name)))
         if found is None:
             raise NameNotFoundError(self._not_found(name, self.everywhere(of), of))
         return found
+
+    def _relative(self, name: str) -> str:
+        """``name``, which may be a pattern, without what all wrappers together put before it."""
+        name = self.strip(name)
+        return name.removeprefix(f"{self._inside}.") if self._inside else name
 
     @staticmethod
     def strip(name: str) -> str:
@@ -281,7 +361,8 @@ class Names:
     @staticmethod
     def _not_found(name: str, known: Iterable[str], of: str) -> str:
         known = list(dict.fromkeys(known))
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        close = [n for n in known if _goes_through(name, n)][:3]  # a layer that adapters have made two of
+        close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"the closest names are {', '.join(map(repr, close))}" if close else f"it has {len(known)} {of}s"
         return f"{name!r} matches no {of} of the model: {hint}; all names are in fm.wrapped_module_names."
 
@@ -291,17 +372,35 @@ class Names:
         The key is the name as the user spelled it, or the clean name where a glob or a predicate matched.
         """
         if callable(pattern):
-            found = [(n, n) for n in self.everywhere(of) if pattern(n)]
+            found = self._distinct(pattern, of)
             if not found:
                 raise NameNotFoundError(f"the predicate {pattern!r} matches no {of} of the model.")
             return found
         if not isinstance(pattern, str):
             return [pair for single in pattern for pair in self.match(single, of=of)]
         if any(c in pattern for c in "*?["):
-            regex = glob_to_regex(self.strip(pattern))
-            table = self.everywhere(of)
-            found = [(n, n) for n in table if n and regex.fullmatch(n)]
+            regex = glob_to_regex(self._relative(pattern))
+            found = self._distinct(lambda n: bool(n) and regex.fullmatch(n) is not None, of)
             if not found:
-                raise NameNotFoundError(self._not_found(pattern, table, of))
+                raise NameNotFoundError(self._not_found(pattern, self.everywhere(of), of))
             return found
         return [(pattern, self.clean(pattern, of=of))]
+
+    def _distinct(self, wanted: Callable[[str], bool], of: str) -> list[tuple[str, str]]:
+        """Everything of these names, once; without containers that never fire, unless there is nothing else."""
+        found = [n for n in self.everywhere(of) if wanted(n)]
+        if of == "module":
+            found = [n for n in found if not self.never_fires(n)] or found
+        others = self.others(of)
+        first = {others.get(n, n): n for n in reversed(found)}
+        return [(n, n) for n in found if first[others.get(n, n)] == n]
+
+    def others(self, of: str) -> Mapping[str, str]:
+        """{another name of a module or parameter: its first name}."""
+        if of == "module":
+            return self.other_names
+        return {n: f for t in self.tables for n, f in t.tied.items()} if self.tables else self._tied_names
+
+    def never_fires(self, name: str) -> bool:
+        having = [t for t in self.tables if name in t.modules]
+        return all(name in t.silent for t in having) if having else _never_fires(self.modules[name])

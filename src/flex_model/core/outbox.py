@@ -7,7 +7,7 @@ backward, ``flush``. At such a point claims are settled, failures told to everyb
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -15,6 +15,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from flex_model.core import flattened
 from flex_model.core.bound import Bound, Sink, check_expected
 from flex_model.core.call import Staged
 from flex_model.core.hook_function import Call
@@ -175,10 +176,14 @@ class Outbox:
         )
         key = staged.key
 
-        check = None if bound.selection is not None else partial(check_expected, bound)
+        check: Callable[[tuple[int, ...]], str] | None = (
+            None if bound.selection is not None else partial(check_expected, bound)
+        )
+        if bound.apart:
+            finish, check = flattened.finish(finish), flattened.check(check)
 
         def put(full: Any) -> None:
-            sink.put(key, self._kept(full))
+            sink.put(key, self._kept(flattened.parts(full) if bound.apart else full))
 
         label = (bound, key, staged.gradient)
         return Item(bound.where, local, layout, bound.deliver, put, scale, finish, check, label)
@@ -186,6 +191,8 @@ class Outbox:
     def select_on_shards(self, bound: Bound, local: Tensor, layout: Layout) -> tuple[Tensor, Layout] | None:
         """The selection of this rank's shard and its layout; None if it can only be made from the whole."""
         assert bound.selection is not None
+        if bound.apart:
+            return None
         sizes = {i: a.size for i, a in enumerate(self.runtime.mesh.axes)}
         new = bound.selection.on_shards(layout, tuple(local.shape), sizes)
         return None if new is None else (bound.selection.take(local), new)

@@ -39,10 +39,12 @@ def bind(
     of = "parameter" if hook_type == "tensor" else "module"
     name = runtime.names.clean(hook.module_name, of=of)
     where = f"{name or '(the model)'} ({hook_type})"
+    backward = hook_type not in ("forward", "forward_pre")
+    if backward and runtime.whole.stage_axis is not None and runtime.engines.no_backward:
+        raise RegistrationError(f"{where}: there will be no gradient: {runtime.engines.no_backward}.")
     side = "param" if hook_type == "tensor" else "out" if hook_type in ("forward", "full_backward_pre") else "in"
     module = runtime.names.module_of(name, side)
-    if hook_type == "tensor" and not runtime.names.requires_grad(name):
-        raise RegistrationError(f"{where}: the parameter does not require a gradient, so it will never have one.")
+    _check_it_can_fire(runtime, name, hook_type, where)
     edit = None if hook.editing_function is None else adapt_editing_function(hook.editing_function, where)
     axes, override = on_mesh(hook, runtime.mesh, where)
     selection = None if hook.select is None else Selection(hook.select)
@@ -65,6 +67,22 @@ def bind(
         axes=axes,
         temporary=temporary,
     )
+
+
+def _check_it_can_fire(runtime: Runtime, name: str, hook_type: HookType, where: str) -> None:
+    names = runtime.names
+    if hook_type != "tensor":
+        if names.never_fires(name):
+            raise RegistrationError(
+                f"{where}: {names.class_of(name)} has no forward, so it never fires; hook what it holds ('{name}.*')."
+            )
+        return
+    if not names.requires_grad(name):
+        raise RegistrationError(f"{where}: the parameter does not require a gradient, so it will never have one.")
+    if name in names.parameters:
+        _, site = runtime.engines.gradient_site(*names.parameters[name])
+        if site.when == "never":
+            raise RegistrationError(f"{where}: no hook can meet this gradient: {site.refusal}.")
 
 
 def on_mesh(hook: HookFunction, mesh: ModelMesh, where: str) -> tuple[tuple[int, ...] | None, tuple[Any, ...]]:
@@ -99,6 +117,9 @@ class _GradientSink:
     def refuse(self, key: str | Site, error: Exception) -> None:
         self._acts.refused[key] = error
 
+    def empty(self, key: str | Site, reason: str) -> None:
+        self._acts._empty[key] = reason
+
 
 class _ValueSink(_GradientSink):
     def put(self, key: str | Site, value: Any) -> None:
@@ -128,6 +149,8 @@ def capture_bounds(
         raise RegistrationError(
             "detach=False hands out the value's graph, and a pipeline's stages have none in common."
         )
+    if grad and runtime.whole.stage_axis is not None and runtime.engines.no_backward:
+        raise RegistrationError(f"grad=True: there will be no gradient: {runtime.engines.no_backward}.")
     if not detach and deliver != "all":
         raise RegistrationError("detach=False hands out the value on every rank; leave deliver='all'.")
     of = "parameter" if hook_type == "tensor" else "module"
@@ -138,7 +161,7 @@ def capture_bounds(
     elsewhere = (
         "" if deliver != "main" or runtime.whole.is_main else f"deliver='main' sent it to rank {runtime.whole.main}."
     )
-    acts = Captured([key for key, _ in found], elsewhere)
+    acts = Captured([key for key, _ in found], elsewhere, runtime.names.other_names if of == "module" else {})
     values, gradients = _ValueSink(acts), _GradientSink(acts)
     bounds = []
     for key, clean in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,10 @@ class HookRow:
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
-    """One place that can be hooked; ``layout`` and ``evidence`` are empty until a hook needed them."""
+    """One place that can be hooked; ``layout`` and ``evidence`` are empty until a hook needed them.
+
+    A module that the model holds under several names has rows for each; ``same_as`` is the first of them.
+    """
 
     name: str
     module: str
@@ -40,6 +43,7 @@ class SiteRow:
     shape: tuple[int, ...] | None = None
     layout: str = ""
     evidence: str = ""
+    same_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +93,12 @@ def site_rows(runtime: Runtime) -> list[SiteRow]:
         known.setdefault((spot.name, spot.side), []).append(row)
     rows = []
     for name in runtime.names.everywhere():
-        for side in ("in", "out"):
+        first = runtime.names.other_names.get(name, "")
+        for side in ("in", "out") if not runtime.names.never_fires(name) else ():
             holder = runtime.names.holder(name, side)
             evidence = "" if holder is None else f"on stage {holder.stage}"
-            rows += known.get((name, side)) or [SiteRow(name, runtime.names.class_of(name), side, evidence=evidence)]
+            plain = SiteRow(name, runtime.names.class_of(name), side, evidence=evidence)
+            rows += [replace(r, same_as=first) for r in known.get((name, side)) or [plain]]
     return rows
 
 

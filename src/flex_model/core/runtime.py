@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flex_model.core import fast
 from flex_model.core.backward import Backward
 from flex_model.core.bound import Bound
-from flex_model.core.call import ActiveCall, Staged, in_backward
+from flex_model.core.call import ActiveCall, Staged, in_backward, runs_already
 from flex_model.core.editing import EditContext
 from flex_model.core.firing import Point
 from flex_model.core.groups import Groups
@@ -36,6 +36,7 @@ from flex_model.core.save_ctx import SaveContext
 from flex_model.core.steps import Steps
 from flex_model.core.trainable import TrainableModules
 from flex_model.engines import Engines
+from flex_model.engines.unsupported import refuse_transform, refuse_unsupported
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.values import sharding
@@ -45,6 +46,10 @@ __all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
 _initialized = dist.is_initialized if dist.is_available() else lambda: False
+
+
+def _as_it_is(hook: Any) -> Any:
+    return hook
 
 
 class Runtime:
@@ -102,12 +107,17 @@ class Runtime:
     # -- the model and its engines -----------------------------------------------------------------------------
     def refresh(self) -> None:
         """Look at the model anew: names, engines, mesh. Layouts found before are forgotten."""
+        refuse_unsupported(self.module)
         self.engines = Engines([self.outermost, self.module, Names(self.module).root], getattr(self, "engines", None))
+        self.whole: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
         parts = {s: self.module if p is self.outermost else p for s, p in self.engines.parts.items()}
-        self.names = Names(self.module, parts=parts, absent=self.engines.absent, renamed=self.renamed)
+        parts = parts or {self.whole.stage: self.module}
+        self.names = Names(
+            self.module, parts=parts, absent=self.engines.absent, renamed={**self.engines.renamed, **self.renamed}
+        )
         self.root = self.names.root
         self.names.add_hidden(self.engines.hidden_parameters())
-        self.whole: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
+        self.names.add_tied(self.engines.tied_places())
         self.mesh: ModelMesh = self.whole.one_stage()  # layouts and edits are a matter of one stage's ranks
         for bound in self.bounds:
             bound.axes, bound.override = on_mesh(bound.hook, self.mesh, bound.where)
@@ -117,8 +127,12 @@ class Runtime:
             self.context.on_failure = self.outbox.note_failure
         self.keep_alive = self.engines.keep_alive
         self._mark = self._engine_mark()
-        first = next(self.module.parameters(), None)
-        self.device_of_values = torch.device("cpu") if first is None else torch.device(first.device.type)
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        devices = {t.device for t in tensors if not t.is_meta} | self.engines.devices()
+        self.gpus = [d for d in devices if d.type == "cuda"]
+        first = next((p.device.type for p in self.module.parameters() if not p.is_meta), "cpu")
+        self.device_of_values = torch.device(first)
+        self.on_one_device = len(devices) <= 1
 
     def look(self) -> None:
         """Learn of engines applied since and of other stages' names. Collective where there are any."""
@@ -166,8 +180,10 @@ class Runtime:
         self.uninstall()
         enabled = [b for b in self.bounds if b.enabled]
         entries = self._entries(enabled) if enabled and self.active is None else []
+        outside = torch.compiler.disable if self.names.compiled else _as_it_is  # the compiler would trace hooks
         for module in entries:
-            self._entry_handles.append(module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True))
+            enter = outside(self.enter)
+            self._entry_handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         by_place: dict[tuple[int, str], list[Bound]] = {}
         enabled = [b for b in enabled if b.module is not None]
         self._wanted = {
@@ -180,10 +196,10 @@ class Runtime:
             if bound.side != "param":
                 by_place.setdefault((id(bound.module), bound.side), []).append(bound)
         for (_, side), bounds in by_place.items():
-            self._install_point(side, bounds)
+            self._install_point(side, bounds, outside)
         for module in entries:
-            self._entry_handles.append(module.register_forward_hook(self._left))
-            self._entry_handles.append(module.register_forward_hook(self._failed, always_call=True))
+            self._entry_handles.append(module.register_forward_hook(outside(self._left)))
+            self._entry_handles.append(module.register_forward_hook(outside(self._failed), always_call=True))
 
     def _entries(self, enabled: list[Bound]) -> list[nn.Module]:
         """Modules whose call may be the outermost: the model, and the parts one or two levels down that hold hooks."""
@@ -197,15 +213,15 @@ class Runtime:
                     found[name] = module
         return list(found.values())
 
-    def _install_point(self, side: str, bounds: list[Bound]) -> None:
+    def _install_point(self, side: str, bounds: list[Bound], outside: Callable[..., Any]) -> None:
         module = bounds[0].module
         assert module is not None
         point = Point(self, bounds[0].name, side, bounds)
         if side == "in":
-            self._handles.append(module.register_forward_pre_hook(point.on_input, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(outside(point.on_input), with_kwargs=True))
         else:
             hook = fast.output_hook(self, point, bounds) or point.on_output
-            self._handles.append(module.register_forward_hook(hook))
+            self._handles.append(module.register_forward_hook(outside(hook)))
 
     def _install_parameters(self) -> None:
         for handle in self._parameter_handles:
@@ -217,7 +233,7 @@ class Runtime:
                 _, site = self.engines.gradient_site(owner, attribute)
                 parameter = owner._parameters.get(attribute)
                 if site.when == "local" and parameter is not None and parameter.requires_grad:
-                    hook = partial(self.backward.on_parameter, bound, site.stated, sharding(parameter))
+                    hook = partial(self.backward.on_parameter, bound, site, sharding(parameter))
                     self._parameter_handles.append(parameter.register_hook(hook))
 
     # -- calls -------------------------------------------------------------------------------------------------
@@ -225,14 +241,20 @@ class Runtime:
         """A forward of an entry module starts; the outermost one is the call."""
         if self.quiet or in_backward() != -1:
             return
-        if self.active is not None and self.active.module is not module:
-            return
+        if self.active is not None:
+            if self.active.module is not module:
+                return
+            if runs_already(module):
+                self.active.depth += 1
+                return
         if self.backward.call is not None:  # a backward that failed
             self.backward.forget()
-        if self._engine_mark() != self._mark:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            refuse_transform([b.where for b in self.bounds if b.enabled and (self.whole.axes or b.sink is not None)])
+        step = self.steps.now
+        if step is None and self._engine_mark() != self._mark:
             self.refresh()
             self._install_parameters()
-        step = self.steps.now
         index = self.calls if step is None else step.index
         self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
@@ -250,10 +272,19 @@ class Runtime:
         before = self.quiet, self.active, self.fast_call
         self.quiet, self.active, self.fast_call = True, None, None
         try:
-            with self.engines.undisturbed():
+            with self.engines.undisturbed(), self.uncompiled():
                 yield
         finally:
             self.quiet, self.active, self.fast_call = before
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Compiled parts of the model run as they are written: what was compiled without a hook would not run it."""
+        if not self.names.compiled:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     def call_now(self) -> ActiveCall:
         """The call a firing belongs to; in a recomputation, the one whose backward runs."""
@@ -270,7 +301,11 @@ class Runtime:
 
     def _failed(self, module: nn.Module, args: Any, output: Any) -> None:
         """Runs after ``_left``, and without it where the forward raised."""
-        if not self.quiet and self.active is not None and self.active.module is module:
+        if self.quiet or self.active is None or self.active.module is not module:
+            return
+        if self.active.depth:
+            self.active.depth -= 1
+        else:
             self.abandon()
 
     def abandon(self) -> None:
@@ -285,7 +320,7 @@ class Runtime:
     def leave(self, module: nn.Module, output: Any) -> None:
         """The forward is over. Deliver what it captured if all ranks are here, or keep it for a later point."""
         call = self.active
-        if self.quiet or call is None or call.module is not module or in_backward() != -1:
+        if self.quiet or call is None or call.module is not module or call.depth or in_backward() != -1:
             return
         self.active = self.fast_call = None
         self.inference.end()
@@ -323,8 +358,8 @@ class Runtime:
 
     def wait_for_copies(self) -> None:
         """Copies from a GPU run beside the model; from here on they can be read."""
-        if self.device_of_values.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        for device in self.gpus:
+            torch.cuda.current_stream(device).synchronize()
 
     def keep_on(self, layout: Layout | None) -> torch.device | None:
         """Where a staged value waits: on the user's device at once if nothing has to move between ranks."""

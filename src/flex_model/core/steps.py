@@ -31,6 +31,7 @@ class _Step:
     index: int
     microbatches: int
     divide: int
+    backward: bool
     base: Saved  # save_ctx before the step
     saved: dict[int, Saved] = field(default_factory=dict)  # by microbatch
     told: dict[Place, Saved] = field(default_factory=dict)  # what the stage before knows
@@ -55,6 +56,9 @@ class Steps:
     def holds(self, module: nn.Module) -> bool:
         return any(part is module for part in self.runtime.engines.parts.values())
 
+    def stage_of(self, module: nn.Module | None) -> int:
+        return next(stage for stage, part in self.runtime.engines.parts.items() if part is module)
+
     @contextmanager
     def step(self, microbatches: int, *, divide: int, backward: bool) -> Iterator[None]:
         runtime = self.runtime
@@ -62,7 +66,7 @@ class Steps:
             yield
             return
         runtime.whole.prepare()
-        self.now = _Step(runtime.calls, microbatches, divide, runtime.save_ctx.held)
+        self.now = _Step(runtime.calls, microbatches, divide, backward, runtime.save_ctx.held)
         self.now.messages = self._messages(microbatches)
         self.now.before = runtime.modules.set_aside() if backward else []
         runtime.calls += 1
@@ -74,7 +78,7 @@ class Steps:
         except BaseException:
             self._abandon()
             raise
-        self._finish(backward)
+        self._finish()
 
     @contextmanager
     def forward(self, stage: int, microbatch: int) -> Iterator[None]:
@@ -136,13 +140,17 @@ class Steps:
         assert self.now is not None and call.place is not None
         self.now.calls[call.place] = call
         self.now.staged += call.staged
-        for form, claim in call.claims.items():
-            self.runtime.outbox.claims.setdefault(form, claim)
+        if call.claims and self.now.backward:  # gradients will come before the step ends
+            self.runtime.inference.settle(call.claims)
+        else:
+            for form, claim in call.claims.items():
+                self.runtime.outbox.claims.setdefault(form, claim)
 
     # -- its end -----------------------------------------------------------------------------------------------
-    def _finish(self, backward: bool) -> None:
+    def _finish(self) -> None:
         step, runtime = self.now, self.runtime
         assert step is not None
+        backward = step.backward
         self._leave(step)
         self._merge_saved(step)
         if step.messages is not None:

@@ -19,22 +19,32 @@ from flex_model.engines.context_parallel import ContextParallelEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
 from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_mesh
+from flex_model.engines.fairscale import FairscaleEngine
 from flex_model.engines.fsdp1 import FSDP1Engine
 from flex_model.engines.fsdp2 import FSDP2Engine
 from flex_model.engines.hf import TransformersEngine
+from flex_model.engines.megatron import MegatronEngine
+from flex_model.engines.megatron_pipeline import MegatronPipelineEngine
 from flex_model.engines.pipelining import PipeliningEngine, stages_made
+from flex_model.engines.quantised import dequantised
+from flex_model.engines.replicate import ReplicateEngine
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
 from flex_model.layout.sequence import Order
+from flex_model.layout.twin import Mimic
 
-__all__ = ["Conductor", "Engine", "Engines", "GradientSite"]
+__all__ = ["Conductor", "Engine", "Engines", "GradientSite", "wrapped"]
 
 # The sequence's axis first, which data engines may lie over; then data engines: what they claim is theirs; DTensor
 # takes the axes that are left.
 _KNOWN: tuple[type[Engine], ...] = (
     ContextParallelEngine,
     DDPEngine,
+    ReplicateEngine,
     FSDP1Engine,
     FSDP2Engine,
+    MegatronEngine,
+    MegatronPipelineEngine,
+    FairscaleEngine,
     TransformersEngine,
     PipeliningEngine,
     DTensorEngine,
@@ -48,6 +58,11 @@ def _kind(axis_name: str) -> AxisKind:
     if axis_name in ("pp", "stage", "pipe", "pipeline"):
         return "stage"
     return "data" if axis_name in (*_DATA_NAMES, *_SEQUENCE_NAMES) else "tensor"
+
+
+def wrapped(module: nn.Module) -> str | None:
+    """The attribute that holds the wrapped model, if ``module`` is some engine's wrapper around one."""
+    return next((name for known in _KNOWN if (name := known.wrapped(module)) is not None), None)
 
 
 class Engines:
@@ -131,12 +146,37 @@ class Engines:
             merged.update(engine.placements(module, side, index, dims))
         return merged
 
+    def unknown(self, module: nn.Module, side: str, index: int) -> str:
+        return next((word for e in self.found if (word := e.unknown(module, side, index))), "")
+
+    def batch_dim(self, module: nn.Module, inputs: Any) -> int:
+        return max((e.batch_dim(module, inputs) for e in self.found), default=0)
+
+    def flattens(self, module: nn.Module, side: str) -> bool:
+        return any(e.flattens(module, side) for e in self.found)
+
+    def inner_rows(self, module: nn.Module, inputs: Any) -> int:
+        return next(e for e in self.found if e.flattens(module, "out")).inner_rows(module, inputs)
+
+    def doubt(self, module: nn.Module, side: str) -> str:
+        return next((word for e in self.found if (word := e.doubt(module, side))), "")
+
+    def late_gradients(self, module: nn.Module, side: str, index: int) -> list[tuple[int, ...]]:
+        return [line for e in self.found for line in e.late_gradients(module, side, index)]
+
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         return next((s for e in self.found if (s := e.full_shape(parameter)) is not None), None)
+
+    def stand_ins(self) -> dict[int, object]:
+        return {place: other for e in self.found for place, other in e.stand_ins().items()}
 
     def make_whole(self, twin: nn.Module) -> None:
         for engine in self.found:
             engine.make_whole(twin)
+
+    @property
+    def no_backward(self) -> str:
+        return next((e.no_backward for e in self.found if e.no_backward), "")
 
     @property
     def plain_names(self) -> bool:
@@ -145,6 +185,17 @@ class Engines:
     @property
     def parts(self) -> dict[int, nn.Module]:
         return {stage: part for e in self.found for stage, part in e.parts.items()}
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        return {name: plain for e in self.found for name, plain in e.renamed.items()}
+
+    def entry(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        for engine in self.found:
+            module, args, kwargs = engine.entry(module, args, kwargs)
+        return module, args, kwargs
 
     def absent(self, module: nn.Module) -> bool:
         return any(e.absent(module) for e in self.found)
@@ -171,11 +222,23 @@ class Engines:
                 stack.enter_context(engine.alone())
             yield
 
+    @contextmanager
+    def mimicked(self) -> Iterator[Mimic | None]:
+        with ExitStack() as stack:
+            found = [stack.enter_context(engine.mimicked()) for engine in self.found]
+            yield next((mimic for mimic in found if mimic is not None), None)
+
     def plain_class(self, module: nn.Module) -> type | None:
         return next((c for e in self.found if (c := e.plain_class(module)) is not None), None)
 
     def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         return [hidden for e in self.found for hidden in e.hidden_parameters()]
+
+    def devices(self) -> set[torch.device]:
+        return {d for e in self.found for d in e.devices()}
+
+    def tied_places(self) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+        return [pair for e in self.found for pair in e.tied_places()]
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> tuple[Engine | None, GradientSite]:
         """Who meets the gradient of a parameter and when; placements are those of all engines together."""
@@ -184,16 +247,17 @@ class Engines:
         if finished is not None:
             return finished
         stated = {kind: p for _, s in sites for kind, p in s.stated.items()}
-        return None, GradientSite("local", stated)
+        refusal = next((s.refusal for _, s in sites if s.refusal), "")
+        return None, GradientSite("local", stated, refusal=refusal)
 
     def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor:
         for engine in self.found:
             full = engine.full_parameter(owner, attribute)
             if full is not None:
-                return full
+                return dequantised(owner, attribute, full)
         parameter = owner._parameters.get(attribute)
         assert parameter is not None
-        return parameter.detach().clone()
+        return dequantised(owner, attribute, parameter.detach()).clone()
 
 
 def _named_apart(axis: Axis, others: Sequence[Axis]) -> Axis:
@@ -208,13 +272,11 @@ def _beside(axis: Axis, others: Sequence[Axis]) -> Axis:
     """What is left of an axis that lies over one of the sequence: data engines flatten the two into one."""
     for other in others:
         if other.sequence and axis.kind == "data" and axis.size > other.size and set(other.ranks) <= set(axis.ranks):
-            for rows in (
-                torch.tensor(axis.ranks).view(-1, other.size),
-                torch.tensor(axis.ranks).view(other.size, -1).T,
-            ):
-                if list(other.ranks) in rows.tolist():
+            flat = torch.tensor(axis.ranks)
+            for lines in (flat.view(-1, other.size), flat.view(other.size, -1).T):
+                if list(other.ranks) in lines.tolist():
                     place = other.ranks.index(dist.get_rank())
-                    return replace(axis, ranks=tuple(rows[:, place].tolist()))
+                    return replace(axis, ranks=tuple(lines[:, place].tolist()))
     return axis
 
 

@@ -80,6 +80,11 @@ class ContextParallelEngine(Engine):
         with _local_attention():
             yield
 
+    @contextmanager
+    def mimicked(self) -> Iterator[None]:
+        with _local_attention():
+            yield
+
 
 def _attention_modules(module: nn.Module) -> list[tuple[nn.Module, DeviceMesh]]:
     """Modules with the style, and the mesh it was given."""

@@ -51,6 +51,9 @@ class DDPEngine(Engine):
     def axes(self) -> list[Axis]:
         return [Axis("dp", "data", tuple(dist.get_process_group_ranks(self.ddp.process_group)))]
 
+    def watched_modules(self) -> list[nn.Module]:
+        return list(self.ddp.modules())
+
     @property
     def lockstep(self) -> bool:
         # Without gradients DDP synchronises nothing: evaluation loops and generate may differ in length.
@@ -63,7 +66,7 @@ class DDPEngine(Engine):
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         # Over tensor parallelism the first forward turns parameters into DTensors, with or without a graph to them.
-        modules = [m for m in self.ddp.modules() if any(hasattr(p, "_st_info") for p in m._parameters.values())]
+        modules = [m for m in self.watched_modules() if any(hasattr(p, "_st_info") for p in m._parameters.values())]
         before = [(m, dict(m.__dict__), dict(m._parameters)) for m in modules]
         try:
             yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import ClassVar
 
@@ -10,8 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh
+from flex_model.engines.fused import fused_beside
 from flex_model.layout.layout import shard_dim, split_factor
 from flex_model.layout.mesh import Axis
+from flex_model.layout.twin import Mimic
 from flex_model.layout.values import sharding
 
 __all__ = ["DTensorEngine"]
@@ -61,24 +65,12 @@ class DTensorEngine(Engine):
 
     @cached_property
     def _fused(self) -> dict[int, set[int]]:
-        """{id of a module: output sizes of the fused projections beside it that its value may come from}."""
-        named = dict(self.module.named_modules())
-        plain: dict[str, set[int]] = {}  # by container: output sizes of its unfused sharded layers
-        fused: list[tuple[str, int]] = []
-        for name, module in named.items():
-            container = name.rpartition(".")[0]
-            for parameter in module.parameters(recurse=False):
-                blocks = _blocks(parameter)
-                if blocks == 1:
-                    plain.setdefault(container, set()).add(int(parameter.shape[-2]))
-                elif blocks is not None:
-                    fused.append((container, int(parameter.shape[-2])))
-        near: dict[int, set[int]] = {}
-        for container, size in fused:
-            for name, module in named[container].named_modules(prefix=container):
-                if not any(size in plain.get(inner, ()) for inner in _between(container, name)):
-                    near.setdefault(id(module), set()).add(size)
-        return near
+        return fused_beside(self.module, _outputs)
+
+    @contextmanager
+    def mimicked(self) -> Iterator[Mimic]:
+        # Local code without the collectives between modules: it cannot always run, and what it shows then is right.
+        yield Mimic(exact=False)
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite:
         return GradientSite("local")
@@ -106,8 +98,6 @@ def _blocks(parameter: Tensor) -> int | None:
     return split_factor(placement)
 
 
-def _between(container: str, name: str) -> list[str]:
-    """The modules from below ``container`` down to ``name``: a layer in one of them is nearer than the container's."""
-    parts = name.split(".")
-    depth = len(container.split(".")) if container else 0
-    return [".".join(parts[:end]) for end in range(depth + 1, len(parts) + 1)]
+def _outputs(parameter: Tensor) -> tuple[int, bool] | None:
+    blocks = _blocks(parameter)
+    return None if blocks is None else (int(parameter.shape[-2]), blocks != 1)

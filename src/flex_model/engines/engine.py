@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.layout.mesh import Axis, AxisKind
 from flex_model.layout.sequence import Order
+from flex_model.layout.twin import Mimic
 
 __all__ = ["Conductor", "Engine", "GradientSite", "axes_of_mesh"]
 
@@ -32,12 +34,14 @@ def axes_of_mesh(mesh: DeviceMesh, kind: AxisKind, default: str) -> list[Axis]:
 class GradientSite:
     """How the gradient of one parameter is met: locally in the middle of the backward, or whole when it is done.
 
-    ``stated``: placements of the local gradient by axis kind, where the engine knows them.
+    ``stated``: placements of the local gradient by axis kind, where the engine knows them. ``refusal``: why it is
+    never met, or has no whole.
     """
 
-    def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None) -> None:
-        self.when = when  # "local" | "finished"
+    def __init__(self, when: str, stated: Mapping[AxisKind, Placement] | None = None, *, refusal: str = "") -> None:
+        self.when = when  # "local" | "finished" | "never"
         self.stated = dict(stated or {})
+        self.refusal = refusal
 
 
 class Conductor(Protocol):
@@ -48,6 +52,10 @@ class Conductor(Protocol):
 
     def holds(self, module: nn.Module) -> bool:
         """Whether ``module`` is a stage of the conductor's model."""
+        ...
+
+    def stage_of(self, module: nn.Module | None) -> int:
+        """The number of the stage that ``module`` is."""
         ...
 
     def step(self, microbatches: int, *, divide: int, backward: bool) -> AbstractContextManager[None]:
@@ -73,6 +81,12 @@ class Engine:
     @classmethod
     def find(cls, module: nn.Module) -> Engine | None:
         """The engine, if it is at work on ``module``."""
+        return None
+
+    @classmethod
+    def wrapped(cls, module: nn.Module) -> str | None:
+        """The attribute that holds the wrapped model, if ``module`` is a wrapper of this engine's, with no trace in
+        the keys of state_dict."""
         return None
 
     @property
@@ -115,6 +129,32 @@ class Engine:
         {ranks along an axis: placement}. Axes left out are found by other evidence."""
         return {}
 
+    def unknown(self, module: nn.Module, side: str, index: int) -> str:
+        """Why a tensor of a module's input or output has no whole, whatever other evidence says; "" where it may."""
+        return ""
+
+    def batch_dim(self, module: nn.Module, inputs: Any) -> int:
+        """Which dim of the first tensor that ``module`` is called with holds the batch."""
+        return 0
+
+    def flattens(self, module: nn.Module, side: str) -> bool:
+        """Whether dim 0 of a module's input or output is two dims in one, which ``placements`` then speaks of apart,
+        because their shards are interleaved in it."""
+        return False
+
+    def inner_rows(self, module: nn.Module, inputs: Any) -> int:
+        """The size of the inner of the two dims, on this rank in this call."""
+        raise NotImplementedError(self.name)
+
+    def doubt(self, module: nn.Module, side: str) -> str:
+        """Why a copy of this module with whole parameters need not have a whole input or output; "" where it has."""
+        return ""
+
+    def late_gradients(self, module: nn.Module, side: str, index: int) -> Iterable[tuple[int, ...]]:
+        """Axes (the ranks along each) that a tensor of a module's input or output is the same along, while each rank
+        meets a part of its gradient only: this engine sums what becomes of it later."""
+        return ()
+
     def plain_class(self, module: nn.Module) -> type | None:
         """The class a module had before this engine swapped it; None where it did not."""
         return None
@@ -122,6 +162,10 @@ class Engine:
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The global shape of a parameter that does not tell itself; None: not mine."""
         return None
+
+    def stand_ins(self) -> Mapping[int, object]:
+        """{id of an object that a copy of the model must not share or copy: what takes its place there}"""
+        return {}
 
     def make_whole(self, twin: nn.Module) -> None:
         """``twin`` is a copy of the model on the meta device, with parameters of global shapes and without process
@@ -132,6 +176,12 @@ class Engine:
         """Code in here runs as if this rank were the only one: for the twin, which must not talk to others."""
         yield
 
+    @contextmanager
+    def mimicked(self) -> Iterator[Mimic | None]:
+        """Code of a copy with this rank's sizes runs in here as on this rank among the others, but without them.
+        None: it cannot, and the order of shards is not checked that way."""
+        yield None
+
     # -- pipelines ---------------------------------------------------------------------------------------------
     no_backward: ClassVar[str] = ""  # why nothing goes backward through this engine's pipeline
     plain_names: ClassVar[bool] = True  # names on a stage are the plain model's
@@ -140,6 +190,18 @@ class Engine:
     def parts(self) -> Mapping[int, nn.Module]:
         """The pipeline stages of this rank by number, where a schedule runs them in microbatches."""
         return {}
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """{name on this rank: the plain model's name} where they differ and the engine knows both."""
+        return {}
+
+    def entry(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """What to run again, with what, so that ``module`` gets all it got in this call: also what came by an
+        attribute."""
+        return module, args, kwargs
 
     def absent(self, module: nn.Module) -> bool:
         """Whether ``module`` only stands in for one of another stage."""
@@ -155,6 +217,15 @@ class Engine:
 
     def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(owner, attribute, what holds it) of parameters that the owner itself does not have at the moment."""
+        return []
+
+    def devices(self) -> set[torch.device]:
+        """Where modules run, beside the devices that their parameters are on."""
+        return set()
+
+    def tied_places(self) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+        """Pairs of (owner, attribute) that are one parameter, the later and the first, where what the owners hold does
+        not tell."""
         return []
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:

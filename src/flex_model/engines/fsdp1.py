@@ -45,6 +45,11 @@ class FSDP1Engine(Engine):
                 out += [(i.module, i.param_name, handle.flat_param) for i in infos]
         return out
 
+    def tied_places(self) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+        handles: list[Any] = [w._handle for w in FSDP.fsdp_modules(self.module) if w._handle is not None]
+        shared = [info for handle in handles for info in handle.flat_param._shared_param_infos]
+        return [((i.module, i.param_name), (i.prim_module, i.prim_param_name)) for i in shared]
+
     def _place(self, owner: nn.Module, attribute: str) -> tuple[Any, int, torch.Size] | None:
         """(handle, offset in the unsharded flat parameter, shape) of an original parameter."""
         for wrapper in FSDP.fsdp_modules(self.module):

@@ -36,6 +36,8 @@ class TransformersEngine(Engine):
     def meshes(self) -> list[DeviceMesh]:
         return [self.module._device_mesh]  # type: ignore[list-item]
 
+    no_backward: ClassVar[str] = "transformers' pipelines send activations forward and no gradients back"
+
     @property
     def axes(self) -> list[Axis]:
         # its DTensor parameters and FSDP2 modules carry all others

@@ -35,6 +35,8 @@ class Evidence:
     sequence: BatchDim | None = None
     sequence_order: Order | str = "nothing says it"
     expected_shape: tuple[int | None, ...] | None = None
+    unknown: str = ""  # why there is no whole
+    late: tuple[int, ...] = ()  # axes along which gradients of replicas are parts of a sum
     sharding: frozenset[tuple[int, ...]] = frozenset()  # ranks along axes over which some parameter is sharded
     # split factor of a sharded dim of this full size, or why its order is unknown
     order: Callable[[int, int], int | str] = lambda dim, size: 1
@@ -50,6 +52,7 @@ class Claim:
     placements: tuple[Placement, ...] = ()
     sources: tuple[str, ...] = ()
     global_shape: tuple[int | None, ...] = ()
+    late: tuple[int, ...] = ()
     refusal: str = ""
 
 
@@ -68,12 +71,15 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
     if evidence.twin is not None and len(evidence.twin) == len(shape):
         grow = [found.dim for found in (evidence.batch, evidence.sequence) if found is not None]
         full = tuple(None if d in grow else s for d, s in enumerate(evidence.twin))
-    return Claim(evidence.where, shape, mark, placements, sources, full)
+    late = tuple(i for i in evidence.late if isinstance(placements[i], Replicate))
+    return Claim(evidence.where, shape, mark, placements, sources, full, late=late)
 
 
 def _placements(
     shape: tuple[int, ...], evidence: Evidence, mesh: ModelMesh
 ) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
+    if evidence.unknown:
+        raise _Refusal(evidence.unknown)
     chosen: dict[int, tuple[Placement, str]] = dict(evidence.stated)
     data = [i for i, a in enumerate(mesh.axes) if a.kind == "data" and not a.sequence and i not in chosen]
     sequence = [i for i, a in enumerate(mesh.axes) if a.sequence and i not in chosen]

@@ -66,7 +66,8 @@ class Layout:
     """One placement per axis of the model's mesh, plus what was seen when it was found.
 
     ``ragged`` names the axes whose shard sizes differ or may differ from call to call, so that they travel with the
-    value. ``shape`` is the global shape at the moment of inference; it changes with batch and sequence.
+    value. ``shape`` is the global shape at the moment of inference; it changes with batch and sequence. ``late`` names
+    axes along which the value is the same, and its gradient on each rank only a part of the sum.
     """
 
     placements: tuple[Placement, ...]
@@ -74,6 +75,7 @@ class Layout:
     shape: tuple[int, ...] = ()
     ragged: tuple[bool, ...] = ()
     proven: bool = True
+    late: tuple[int, ...] = ()
 
     @property
     def sharded_axes(self) -> tuple[int, ...]:

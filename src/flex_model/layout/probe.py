@@ -62,7 +62,7 @@ class Along:
 
     word: str
     double: Doubling
-    size: Callable[[Any], int | None]
+    size: Callable[[Any, int], int | None]
     roll: int = 0
 
 
@@ -71,9 +71,17 @@ SEQUENCE = Along("sequence", double_sequence, sequence_length, roll=1)
 
 
 def probe(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched, along: Along = BATCH
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watched: Watched,
+    along: Along = BATCH,
+    dim: int = 0,
 ) -> dict[Key, list[BatchDim]]:
-    """{key: one BatchDim a tensor} for the watched sides of modules; raises what the model raises."""
+    """{key: one BatchDim a tensor} for the watched sides of modules; raises what the model raises.
+
+    ``dim`` is where the inputs hold the batch.
+    """
 
     def kept(_: Key, found: list[Tensor]) -> list[Tensor]:
         return [local(t).clone() for t in found]
@@ -90,13 +98,13 @@ def probe(
             model(*inner_args, **inner_kwargs)
         return seen
 
-    size = along.size((args, kwargs))
+    size = along.size((args, kwargs), dim)
     with _nothing_changed(model):
         once = forward((args, kwargs), kept)
         try:
-            return forward(along.double((args, kwargs)), compared)
+            return forward(along.double((args, kwargs), dim=dim), compared)
         except Exception:
-            return forward(along.double((args, kwargs), vectors=False), compared)
+            return forward(along.double((args, kwargs), vectors=False, dim=dim), compared)
 
 
 def _dim(once: Tensor, twice: Tensor, size: int | None, along: Along) -> BatchDim:

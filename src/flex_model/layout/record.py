@@ -52,9 +52,9 @@ def recorded(watched: Watched, keep: Callable[[Key, list[Tensor]], Any]) -> Iter
             handle.remove()
 
 
-def batch_size(inputs: Any) -> int | None:
-    """The size of dim 0 of the first input tensor that has one."""
-    return next((t.shape[0] for t in tensors(inputs) if t.dim()), None)
+def batch_size(inputs: Any, dim: int = 0) -> int | None:
+    """The size of ``dim`` of the first input tensor that has one."""
+    return next((t.shape[dim] for t in tensors(inputs) if t.dim() > dim), None)
 
 
 def input_kind(inputs: Any) -> tuple[tuple[str, int, bool], ...]:
@@ -63,16 +63,16 @@ def input_kind(inputs: Any) -> tuple[tuple[str, int, bool], ...]:
     return tuple((x.path, x.tensor.dim(), x.tensor.shape[:1] == (batch,)) for x in find_leaves(inputs))
 
 
-def double_batch(inputs: Any, *, vectors: bool = True) -> Any:
-    """``inputs`` with the batch twice over: every tensor whose dim 0 is the batch is concatenated with itself.
+def double_batch(inputs: Any, *, vectors: bool = True, dim: int = 0) -> Any:
+    """``inputs`` with the batch twice over: every tensor whose ``dim`` is the batch is concatenated with itself.
 
     ``vectors=False`` leaves one-dim tensors alone: a position vector may be as long as the batch by accident.
     """
-    batch = batch_size(inputs)
+    batch = batch_size(inputs, dim)
 
     def twice(tensor: Tensor) -> Tensor:
-        if tensor.dim() > (0 if vectors else 1) and tensor.shape[0] == batch:
-            return torch.cat([tensor, tensor])
+        if tensor.dim() > max(dim, 0 if vectors else 1) and tensor.shape[dim] == batch:
+            return torch.cat([tensor, tensor], dim)
         return tensor
 
     return copy_tree(inputs, twice)

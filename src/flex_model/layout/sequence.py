@@ -22,9 +22,10 @@ __all__ = ["Order", "double_sequence", "order_by_positions", "sequence_length"]
 Order = Callable[[int], Placement]  # the placement of a value whose dim it is; ``ZigZag`` and ``Shard`` themselves
 
 
-def sequence_length(inputs: Any) -> int | None:
-    """The size of dim 1 of the first input tensor that has one: here, not of the whole sequence."""
-    return next((t.shape[1] for t in tensors(inputs) if t.dim() > 1), None)
+def sequence_length(inputs: Any, dim: int = 0) -> int | None:
+    """The length of the sequence here, not of the whole, by the first input tensor that has two dims: ``dim`` is where
+    the inputs hold the batch, and the other is the sequence's."""
+    return next((t.shape[1 - dim] for t in tensors(inputs) if t.dim() > 1), None)
 
 
 def order_by_positions(inputs: Sequence[Leaf], size: int, index: int) -> Order | str:
@@ -55,17 +56,17 @@ def _order(positions: Tensor, length: int, size: int, index: int) -> Order | Non
     return None
 
 
-def double_sequence(inputs: Any, *, vectors: bool = True) -> Any:
+def double_sequence(inputs: Any, *, vectors: bool = True, dim: int = 0) -> Any:
     """``inputs`` with the sequence twice over, the second time by one token on: ``[a b c | c a b]``.
 
     Attention that follows positions sees every token twice, which changes nothing; so whatever follows the tokens comes
     out as ``[f(a) f(b) f(c) | f(c) f(a) f(b)]``. ``vectors=False`` leaves one-dim tensors alone.
     """
-    length = sequence_length(inputs)
+    length = sequence_length(inputs, dim)
 
     def twice(tensor: Tensor) -> Tensor:
-        if tensor.dim() > 1 and tensor.shape[1] == length:
-            return torch.cat([tensor, tensor.roll(1, 1)], 1)
+        if tensor.dim() > 1 and tensor.shape[1 - dim] == length:
+            return torch.cat([tensor, tensor.roll(1, 1 - dim)], 1 - dim)
         if vectors and tensor.dim() == 1 and tensor.shape[0] == length:
             return torch.cat([tensor, tensor.roll(1)])
         return tensor

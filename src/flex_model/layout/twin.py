@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flex_model.layout.layout import shard_dim
+from flex_model.layout.moves import Trace, out_of_order
 from flex_model.layout.record import Key, Watched, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
-__all__ = ["Twin", "TwinShapes"]
+__all__ = ["Opaque", "Twin", "TwinShapes"]
 
 aten = torch.ops.aten
 Shapes = dict[Key, list[tuple[int, ...]]]
@@ -40,9 +42,19 @@ def _to_meta(tensor: Tensor) -> Tensor:
 class _IntegersAreReal(TorchDispatchMode):
     """Floats are meta, integers and bools are real; an op that mixes them is meta."""
 
+    def __init__(self, trace: Trace | None) -> None:
+        super().__init__()
+        self._trace = trace
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensors = _tensors_of(args, kwargs)
+        result = self._run(func, args, kwargs, tensors)
+        if self._trace is not None:
+            self._trace.note(func, args, tensors, result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         on_meta = any(t.is_meta for t in tensors)
         if on_meta and func.namespace == "c10d":
             return _unsent(func, args)
@@ -74,6 +86,10 @@ class _IntegersAreReal(TorchDispatchMode):
         return device if dtype.is_floating_point or dtype.is_complex else torch.device("cpu")
 
 
+def _scalar(tensor: Tensor) -> object:
+    return True if tensor.dtype == torch.bool else 1
+
+
 def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors an operator is given, by themselves or in lists; pytree would take longer than the operator."""
     out = []
@@ -83,10 +99,6 @@ def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(given, (list, tuple)):
             out += [t for t in given if isinstance(t, Tensor)]
     return out
-
-
-def _scalar(tensor: Tensor) -> object:
-    return True if tensor.dtype == torch.bool else 1
 
 
 def _unsent(func: Any, args: Any) -> Any:
@@ -124,6 +136,19 @@ def _ranks(state: dist.ProcessGroup | DeviceMesh) -> tuple[int, ...]:
     return tuple(group)
 
 
+class Opaque(Exception):
+    """The twin met a module that nobody knows without the ranks; what it saw before stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mimic:
+    """How this rank is played without the others: ``prepare`` readies a copy of its size. Not ``exact``: the code may
+    fail without the others, and shows nothing then."""
+
+    prepare: Callable[[nn.Module], None] = lambda copied: None
+    exact: bool = True
+
+
 class Wholeness(Protocol):
     """What engines know of the model without them."""
 
@@ -131,13 +156,39 @@ class Wholeness(Protocol):
 
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None: ...
 
+    def stand_ins(self) -> dict[int, object]: ...
+
     def make_whole(self, twin: nn.Module) -> None: ...
 
     def alone(self) -> AbstractContextManager[None]: ...
 
+    def mimicked(self) -> AbstractContextManager[Mimic | None]: ...
+
+
+class _AsItIs:
+    """The model with this rank's sizes, and no other ranks to talk to."""
+
+    def __init__(self, engines: Wholeness) -> None:
+        self.plain_class = engines.plain_class
+
+    def stand_ins(self) -> dict[int, object]:
+        return {}
+
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        spec = sharding(parameter)
+        shape = list(parameter.shape if spec is None else spec.shape)
+        dim = None if spec is None else shard_dim(spec.placements[-1])  # those before it are of data axes
+        if dim is not None:
+            ranks, rank = spec.mesh.size(-1), spec.mesh.get_local_rank(spec.mesh.ndim - 1)
+            most = -(-shape[dim] // ranks)
+            shape[dim] = max(0, min(most, shape[dim] - rank * most))
+        return tuple(shape)
+
 
 @contextmanager
-def _stripped(model: nn.Module, engines: Wholeness, kept: Collection[tuple[int, ...]]) -> Iterator[dict[int, Any]]:
+def _stripped(
+    model: nn.Module, engines: Wholeness | _AsItIs, kept: Collection[tuple[int, ...]]
+) -> Iterator[dict[int, Any]]:
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
@@ -149,19 +200,20 @@ def _stripped(model: nn.Module, engines: Wholeness, kept: Collection[tuple[int, 
             elif key.endswith("_hooks") or "_hooks_" in key:
                 module.__dict__[key] = type(value)() if value is not None else value
             elif _is_mesh_state(value):
-                memo[id(value)] = value if _ranks(value) in kept else None
+                memo[id(value)] = value if kept and _ranks(value) in kept else None  # type: ignore[arg-type]
             elif isinstance(value, DTensor):
                 memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
         module.__dict__.pop("forward", None)
         plain = engines.plain_class(module)
         if plain is not None:
             object.__setattr__(module, "__class__", plain)
+    memo.update(engines.stand_ins())
     for tensor in (*model.parameters(), *model.buffers()):
         is_parameter = isinstance(tensor, nn.Parameter)
         if not is_parameter and not tensor.is_floating_point():
             continue
         spec = sharding(tensor)  # it knows the global shape
-        full = tuple(spec.shape) if spec is not None else engines.full_shape(tensor) or tuple(tensor.shape)
+        full = engines.full_shape(tensor) or tuple(tensor.shape if spec is None else spec.shape)
         blank = torch.empty(full, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
     try:
@@ -175,54 +227,100 @@ def _stripped(model: nn.Module, engines: Wholeness, kept: Collection[tuple[int, 
 
 @dataclass
 class TwinShapes:
-    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``)."""
+    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``).
+
+    ``disordered``: why the order of what is sharded is unknown there.
+    """
 
     once: Shapes = field(default_factory=dict)
     twice: Shapes = field(default_factory=dict)
     failure: str = ""
+    disordered: dict[tuple[Key, int], str] = field(default_factory=dict)
+
+
+class _Run(NamedTuple):
+    shapes: Shapes
+    numbers: dict[Key, list[int]]  # of the same tensors in the trace
+    stopped: str  # why it did not come to its end
 
 
 class Twin:
     """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
 
-    def __init__(self, model: nn.Module, engines: Wholeness, kept: Collection[tuple[int, ...]] = ()) -> None:
-        """``kept``: ranks whose groups the copy talks to as the model does, as on axes that part the sequence."""
-        self._model, self._engines, self._kept = model, engines, kept
+    def __init__(
+        self, model: nn.Module, engines: Wholeness, dim: int = 0, kept: Collection[tuple[int, ...]] = ()
+    ) -> None:
+        """``dim`` is where the model's inputs hold the batch. ``kept``: ranks whose groups the copy knows as the model
+        does, as on axes that part the sequence."""
+        self._model, self._engines, self._dim, self._kept = model, engines, dim, kept
 
-    def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> TwinShapes:
-        """``watched`` are modules of the real model by clean name and side."""
+    def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Watched) -> TwinShapes:
+        """``names`` are the watched sides of modules of the real model by clean name."""
         out = TwinShapes()
         try:
-            out.once = self._run(args, kwargs, watched, 1)
-            out.twice = self._run(args, kwargs, watched, 2)
-        except Exception as error:
-            out.failure = f"{type(error).__name__}: {str(error)[:200]}"
+            trace = Trace()
+            once = self._whole((args, kwargs), names, trace)
+            twice = self._whole(double_batch((args, kwargs), dim=self._dim), names)
+        except Exception as error:  # it could not be copied
+            out.failure = _told(error)
+            return out
+        out.once, out.twice, out.failure = once.shapes, twice.shapes, once.stopped or twice.stopped
+        out.disordered = self._disordered((args, kwargs), names, once, trace)
         return out
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched, times: int) -> Shapes:
+    def _whole(self, inputs: Any, names: Watched, trace: Trace | None = None) -> _Run:
         with _stripped(self._model, self._engines, self._kept) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
+        with self._engines.alone():
+            return self._run(twin, inputs, names, trace)
+
+    def _disordered(self, inputs: Any, names: Watched, whole: _Run, trace: Trace) -> dict[tuple[Key, int], str]:
+        """Where the model moves elements so that its shards are not in the order of the ranks."""
+        with self._engines.mimicked() as mimic:
+            if mimic is None:
+                return {}
+            try:
+                with _stripped(self._model, _AsItIs(self._engines), self._kept) as memo:
+                    copied = copy.deepcopy(self._model, memo)
+                mimic.prepare(copied)
+                local = Trace()
+                self._run(copied, inputs, names, local)
+                why = out_of_order(local, trace, cut=bool(whole.stopped))
+            except Exception as error:
+                if not mimic.exact:
+                    return {}
+                reason = f"its order could not be checked ({_told(error)})"
+                return {(key, i): reason for key, found in whole.numbers.items() for i in range(len(found))}
+        places = [((key, i), n) for key, found in whole.numbers.items() for i, n in enumerate(found)]
+        return {place: why[n] for place, n in places if n in why}
+
+    def _run(self, twin: nn.Module, inputs: Any, names: Watched, trace: Trace | None) -> _Run:
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
-        watched = {place: counterpart[id(module)] for place, module in watched.items() if id(module) in counterpart}
+        watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
 
         def convert(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
             return tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
 
-        def shapes(_: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
+        numbers: dict[Key, list[int]] = {}
+        stopped = ""
+
+        def shapes(key: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
+            numbers[key] = [] if trace is None else [trace.number(t) for t in found]
             return [tuple(t.shape) for t in found]
 
-        args, kwargs = copy_tree(double_batch((args, kwargs)) if times == 2 else (args, kwargs), convert)
-        with (
-            torch.no_grad(),
-            self._engines.alone(),
-            _nonzero_is_full(),
-            recorded(watched, shapes) as seen,
-            _IntegersAreReal(),
-        ):
-            twin(*args, **kwargs)
-        return seen
+        args, kwargs = copy_tree(inputs, convert)
+        with torch.no_grad(), _nonzero_is_full(), recorded(watched, shapes) as seen, _IntegersAreReal(trace):
+            try:
+                twin(*args, **kwargs)
+            except Exception as stop:  # what was met before is no less true
+                stopped = _told(stop)
+        return _Run(seen, numbers, stopped)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, Opaque) else f"{type(error).__name__}: {str(error)[:200]}"
 
 
 @contextmanager

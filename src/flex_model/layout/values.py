@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ROW", "Digest", "close", "digest", "local", "mark", "sharding"]
+__all__ = ["ROW", "Digest", "close", "digest", "local", "mark", "same", "sharding"]
 
 _SAMPLES = 256
 ROW = 2 + _SAMPLES
@@ -73,6 +73,13 @@ class Digest:
         out[0], out[1] = mark((self.shape, self.dtype)), self.tolerance * self.scale
         out[2 : 2 + len(self.samples)] = self.samples
         return out
+
+
+def same(digests: list[Digest]) -> bool:
+    """Whether the tensors behind the digests are equal within their dtype's tolerance."""
+    rows = torch.stack([d.row() for d in digests])
+    apart = rows.amax(0) - rows.amin(0)
+    return bool(apart[0] == 0 and (apart[2:] <= rows[:, 1].max()).all())
 
 
 def mark(value: object) -> int:

@@ -68,7 +68,9 @@ def _shared(
     claims: Mapping[Key, Claim], mesh: ModelMesh, device: torch.device, found: dict[Key, Layout | LayoutError]
 ) -> list[Key]:
     """The values that all ranks claim alike; what is refused goes to ``found``."""
-    said = [(key, c.placements, len(c.shape), c.refusal, c.shape if c.refusal else ()) for key, c in claims.items()]
+    said = [
+        (key, c.placements, c.late, len(c.shape), c.refusal, c.shape if c.refusal else ()) for key, c in claims.items()
+    ]
     low, high = extremes(torch.tensor([mark(said)]), mesh.world, device)
     if torch.equal(low, high):
         for key, c in claims.items():
@@ -170,7 +172,7 @@ def _tell(
         if key not in found:
             claim = site.claim
             evidence = "; ".join(f"{n}: {s}" for n, s in zip(mesh.names, claim.sources, strict=True))
-            found[key] = Layout(claim.placements, evidence, tuple(site.shape), tuple(ragged), not unproven)
+            found[key] = Layout(claim.placements, evidence, tuple(site.shape), tuple(ragged), not unproven, claim.late)
 
 
 def _error(where: str, reason: str, shapes: Sequence[Shape | None], mesh: ModelMesh) -> LayoutError:

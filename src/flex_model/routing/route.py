@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from flex_model.layout.layout import Layout, fits, merge_parts, my_part, shard_d
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.collectives import all_gather_ints, all_gather_parts
 
-__all__ = ["Route", "gradient_scale", "scale_gradient"]
+__all__ = ["Route", "gradient_scale", "scale_gradient", "with_part_of_gradient", "with_whole_gradient"]
 
 
 class _Gather(torch.autograd.Function):
@@ -99,6 +100,31 @@ def gradient_scale(mesh: ModelMesh, layout: Layout, axes: Sequence[int]) -> floa
         if mesh.mean and mesh.axes[i].kind == "data" and shard_dim(layout.placements[i]) is not None:
             world *= mesh.axes[i].size
     return float(world)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def with_whole_gradient(x: Tensor, mesh: ModelMesh, layout: Layout) -> Tensor:
+    """A replica as it is; its gradient is summed where ranks meet parts of it."""
+    for axis in layout.late if torch.is_grad_enabled() else ():
+        x = _SumGradient.apply(x, mesh.group(axis))
+    return x
+
+
+def with_part_of_gradient(x: Tensor, mesh: ModelMesh, layout: Layout) -> Tensor:
+    """The other end of ``with_whole_gradient``: parts again, that make up the sum together."""
+    return scale_gradient(x, 1 / prod(mesh.axes[axis].size for axis in layout.late))
 
 
 class Route:

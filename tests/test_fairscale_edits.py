@@ -1,0 +1,125 @@
+"""Edits and parameters on fairscale's layers: outputs and all gradients equal the oracle's, however run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import engines
+import fairscale_models
+import models
+import parity
+import pytest
+import test_edits_gradients
+import test_parameters
+import torch
+from oracle import relative_error
+from test_edits_gradients import mix, mix_gradient, plain_edit
+from torch import Tensor, nn
+from worlds import run_world
+
+from flex_model import FlexModel, HookFunction
+
+RUNS = ("every_rank", "one_rank", "sharded")
+ENGINES = [(2, e) for e in engines.FAIRSCALE_TWO_RANKS] + [(4, e) for e in engines.FAIRSCALE_FOUR_RANKS]
+
+
+def _net(engine: str, few: bool) -> tuple[int, list[str]]:
+    return test_edits_gradients._all(engine, few)
+
+
+@pytest.mark.parametrize(("ranks", "engine"), [e for e in ENGINES if "local_head" not in e[1]])
+def test_edits_of_the_net(ranks: int, engine: str) -> None:
+    few = (ranks, engine) != (2, "fairscale")
+    for tried, bad in run_world(ranks, _net, engine, few):
+        print(f"{engine}: {tried - len(bad)} exact of {tried}")
+        assert not bad and tried == (24 if few else 99)
+
+
+@pytest.mark.parametrize(("ranks", "engine"), ENGINES)
+def test_full_parameter(ranks: int, engine: str) -> None:
+    assert run_world(ranks, test_parameters._full_parameters, engine) == [[]] * ranks
+
+
+@pytest.mark.parametrize(("ranks", "engine"), ENGINES)
+@pytest.mark.parametrize("backwards", [1, 3])
+def test_parameter_gradient(ranks: int, engine: str, backwards: int) -> None:
+    assert run_world(ranks, test_parameters._gradients, engine, backwards) == [[]] * ranks
+
+
+@pytest.mark.parametrize(("ranks", "engine"), ENGINES)
+def test_edited_parameter_gradient(ranks: int, engine: str) -> None:
+    assert run_world(ranks, test_parameters._edited, engine) == [[]] * ranks
+
+
+# -- the LLaMA ---------------------------------------------------------------------------------------------------
+SITES = {  # width of the last dim
+    "layers.0.attention.wq": 16,
+    "layers.0.attention.scores": 6,
+    "layers.0.attention": 16,
+    "layers.1.feed_forward.act": 24,
+    "layers.1.feed_forward.w2": 16,
+    "layers.1": 16,
+    "tok_embeddings": 16,
+}
+TYPES: dict[str, tuple[str, ...]] = {
+    "layers.1.feed_forward.w2": ("forward", "full_backward_pre"),  # its input is as wide as act's output
+    "tok_embeddings": ("forward", "full_backward_pre"),
+}
+
+
+def _problems(site: str, hook_type: str, run: str, trainable: bool, expected: bool, ddp: bool) -> list[str]:
+    model, plain = fairscale_models.llama()
+    width = SITES[site]
+    torch.manual_seed(3)
+    probe, mine = nn.Linear(width, width), nn.Linear(width, width)
+    mine.load_state_dict(probe.state_dict())
+    base: Callable[[Tensor], Tensor] = mix_gradient if "backward" in hook_type else mix
+    full = models.tokens()
+    plain_edit(plain, site, hook_type, (lambda x: mix(probe(x))) if trainable else base)
+    want = plain(full)
+    engines.loss(want).backward()
+
+    fm = FlexModel(fairscale_models.with_ddp(model) if ddp else model)
+
+    def edit(module: nn.Module, x: Tensor, save_ctx: object, modules: nn.ModuleDict) -> Tensor:
+        return mix(modules["probe"](x)) if trainable else base(x)
+
+    if trainable:
+        fm.register_trainable_module("probe", mine)
+    dims = 4 if site.endswith("scores") else 3
+    shape = (*(None,) * (dims - 1), width) if expected else None
+    getattr(fm, f"register_{hook_type}_hook")(HookFunction(site, shape, edit, run=run))
+    parameters = dict(fm.named_parameters())
+    output = fm(fairscale_models.batch_part(full))
+    engines.loss(output).backward()
+    if not ddp:
+        fairscale_models.reduce_gradients(model)
+    error = relative_error(fm.full_output(output), want)
+    bad = [f"output off by {error:.2g}"] if error > 1e-5 else []
+    bad += parity.wrong_gradients(fm, plain, parameters)
+    for p, q in zip(mine.parameters(), probe.parameters(), strict=True) if trainable else ():
+        if (error := relative_error(p.grad, q.grad)) > 1e-5:
+            bad.append(f"probe off by {error:.2g}")
+    return bad
+
+
+def _llama(ddp: bool, few: bool) -> tuple[int, list[str]]:
+    tried, wrong = 0, []
+    for i, site in enumerate(SITES):
+        for hook_type in TYPES.get(site, parity.TYPES):
+            for j, run in enumerate(RUNS):
+                if few and (i + j) % 3:
+                    continue
+                for trainable in (False,) if "backward" in hook_type else (False, True):
+                    tried += 1
+                    found = _problems(site, hook_type, run, trainable, bool(tried % 2), ddp)
+                    if found:
+                        wrong.append(f"{site} {hook_type} {run} trainable={trainable}: {found[:3]}")
+    return tried, wrong
+
+
+@pytest.mark.parametrize(("ranks", "ddp"), [(2, False), (4, False), (4, True)])
+def test_edits_of_the_llama(ranks: int, ddp: bool) -> None:
+    for tried, wrong in run_world(ranks, _llama, ddp, ranks == 4, timeout=250):
+        print(f"fairscale LLaMA on {ranks} ranks{', DDP' * ddp}, edits: {tried - len(wrong)} exact of {tried}")
+        assert not wrong and tried
