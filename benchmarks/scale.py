@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from fake_world import Deep, fake_world, mesh_of, python_memory, spread
+from fake_world import Deep, fake_world, inputs, mesh_of, python_memory, spread
 
 from flex_model import FlexModel
 from flex_model.core import inference
@@ -57,8 +57,8 @@ def _measure(grid: tuple[int, ...], sites: int, rank: int, spent: dict[str, floa
         mesh = mesh_of(grid)
         fm = FlexModel(spread(Deep(sites, 8 * max(grid)), mesh), mesh=mesh)
         _timed(spent, "groups", fm._runtime.mesh.prepare)()
-        ids = torch.randint(0, 16, (2, 3))
-        _timed(spent, "forward", fm.module)(ids)
+        mine = inputs(mesh)
+        _timed(spent, "forward", fm.module)(*mine)
         for memory in (False, True):
             fm._runtime.refresh()
             fm._runtime.mesh.prepare()
@@ -66,11 +66,11 @@ def _measure(grid: tuple[int, ...], sites: int, rank: int, spent: dict[str, floa
                 if memory:
                     kept = dict(spent)
                     with python_memory() as peak:
-                        fm(ids)
+                        fm(*mine)
                     spent.clear()
                     spent.update(kept)
                 else:
-                    fm(ids)
+                    fm(*mine)
                     plan = _timed(spent, "plan", fm.plan)()
                     assert len(plan) == sites and not any(row.refusal for row in plan)
         return {"ranks": ranks, **spent, "MiB": peak[0] / 2**20}
@@ -84,7 +84,7 @@ def main() -> None:
     measure(GRIDS[0], 10)  # what is made once
     rows = [measure(grid, sites) for grid in GRIDS]
     columns = ["ranks", "forward", "probe", "twin", "claims", "settling", "plan", "groups", "MiB"]
-    print(f"{sites} sites; the probe is two forwards of the model, the twin two on the meta device")
+    print(f"{sites} sites; each probe (batch, sequence) is two forwards of the model, the twin two on the meta device")
     print("".join(f"{c:>10}" for c in columns))
     for row in rows:
         print(f"{row['ranks']:10.0f}" + "".join(f"{row.get(c, 0):10.3f}" for c in columns[1:]))

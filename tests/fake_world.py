@@ -48,7 +48,7 @@ class Layer(nn.Module):
 
 
 class Deep(nn.Module):
-    """A table without a batch dim, an embedding, and ``layers`` layers by turns colwise and rowwise.
+    """A table without batch and sequence, an embedding, and ``layers`` layers by turns colwise and rowwise.
 
     The sum over ranks after a rowwise layer is left out: in a world that is not there it would add nothing.
     """
@@ -59,9 +59,9 @@ class Deep(nn.Module):
         self.table = Layer(width)
         self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = self.emb(ids)
-        self.table(torch.linspace(0, 1, ids.shape[1] * x.shape[-1]).view(ids.shape[1], -1))
+        self.table(torch.linspace(0, 1, 5 * x.shape[-1]).view(5, -1))
         for up, down in zip(self.layers[::2], self.layers[1::2], strict=True):
             x = x + down(up(x))
         return x
@@ -72,11 +72,17 @@ def mesh_of(shape: tuple[int, ...], names: tuple[str, ...] = AXES) -> DeviceMesh
 
 
 def spread(model: Deep, mesh: DeviceMesh) -> nn.Module:
-    """Tensor parallel over the last axis, batches on the first two, replicas on those between."""
+    """Tensor parallel over the last axis; batches on the first two, the sequence on ``cp``, replicas on ``ep``."""
     for i, layer in enumerate([*model.layers, model.table]):
         whole = layer.weight.detach()
         layer.weight = nn.Parameter(distribute_tensor(whole, mesh[AXES[-1]], [Shard(i % 2)], src_data_rank=None))
     return model
+
+
+def inputs(mesh: DeviceMesh, batch: int = 2, length: int = 3) -> tuple[Tensor, Tensor]:
+    """This rank's tokens and their positions: contiguous pieces over ``cp``."""
+    here = mesh["cp"].get_local_rank() * length
+    return torch.randint(0, 16, (batch, length)), torch.arange(here, here + length).expand(batch, length)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from fake_world import AXES, CountCollectives, Deep, Moved, fake_world, mesh_of, python_memory, spread
+from fake_world import AXES, CountCollectives, Deep, Moved, fake_world, inputs, mesh_of, python_memory, spread
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -33,10 +33,10 @@ def _run(size: int, rank: int, way: str) -> tuple[dict[str, tuple[int, ...]], Mo
         mesh = mesh_of((size,) * 5)
         fm = FlexModel(spread(Deep(LAYERS, LOCAL * size), mesh), mesh=mesh)
         fm._runtime.mesh.prepare()  # groups: torch itself keeps a list of the members of each
-        ids = torch.randint(0, 16, (BATCH, LENGTH))
+        mine = inputs(mesh, BATCH, LENGTH)
         with torch.no_grad(), fm.capture("table", "layers.*", deliver=way) as acts:
             with CountCollectives() as counter, python_memory() as peak:
-                fm(ids)
+                fm(*mine)
             plan = fm.plan()
         shapes = {n: tuple(acts[n].shape) for n in ("table", "layers.0", "layers.1")} if way == "local" else {}
         return shapes, counter.moved, peak[0], plan
@@ -47,11 +47,11 @@ def _run(size: int, rank: int, way: str) -> tuple[dict[str, tuple[int, ...]], Mo
 def test_global_shapes(size: int, rank: int) -> None:
     shapes, _, _, plan = _run(size, rank % size**5, "local")
     batch, width = BATCH * size * size, LOCAL * size
-    assert shapes == {"table": (LENGTH, width), "layers.0": (batch, LENGTH, width), "layers.1": (batch, LENGTH, width)}
+    assert shapes == {"table": (5, width), **dict.fromkeys(("layers.0", "layers.1"), (batch, LENGTH * size, width))}
     rows = {row.name: row.layout for row in plan}
     assert rows["table"] == "dp_replicate: R, fsdp: R, cp: R, ep: R, tp: S(1)"
-    assert rows["layers.0"] == "dp_replicate: S(0), fsdp: S(0), cp: R, ep: R, tp: S(2)"
-    assert rows["layers.1"] == "dp_replicate: S(0), fsdp: S(0), cp: R, ep: R, tp: R"
+    assert rows["layers.0"] == "dp_replicate: S(0), fsdp: S(0), cp: S(1), ep: R, tp: S(2)"
+    assert rows["layers.1"] == "dp_replicate: S(0), fsdp: S(0), cp: S(1), ep: R, tp: R"
     assert not any(row.refusal for row in plan)
 
 

@@ -192,31 +192,31 @@ def _stripped(
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
-    for module in model.modules():
-        saved.append((module, dict(module.__dict__), module.__class__))
-        for key, value in list(module.__dict__.items()):
-            if key.startswith("__composable_api"):
-                del module.__dict__[key]
-            elif key.endswith("_hooks") or "_hooks_" in key:
-                module.__dict__[key] = type(value)() if value is not None else value
-            elif _is_mesh_state(value):
-                memo[id(value)] = value if kept and _ranks(value) in kept else None  # type: ignore[arg-type]
-            elif isinstance(value, DTensor):
-                memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
-        module.__dict__.pop("forward", None)
-        plain = engines.plain_class(module)
-        if plain is not None:
-            object.__setattr__(module, "__class__", plain)
-    memo.update(engines.stand_ins())
-    for tensor in (*model.parameters(), *model.buffers()):
-        is_parameter = isinstance(tensor, nn.Parameter)
-        if not is_parameter and not tensor.is_floating_point():
-            continue
-        spec = sharding(tensor)  # it knows the global shape
-        full = engines.full_shape(tensor) or tuple(tensor.shape if spec is None else spec.shape)
-        blank = torch.empty(full, dtype=tensor.dtype, device="meta")
-        memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
     try:
+        for module in model.modules():
+            saved.append((module, dict(module.__dict__), module.__class__))
+            for key, value in list(module.__dict__.items()):
+                if key.startswith("__composable_api"):
+                    del module.__dict__[key]
+                elif key.endswith("_hooks") or "_hooks_" in key:
+                    module.__dict__[key] = type(value)() if value is not None else value
+                elif _is_mesh_state(value):
+                    memo[id(value)] = value if kept and _ranks(value) in kept else None  # type: ignore[arg-type]
+                elif isinstance(value, DTensor):
+                    memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
+            module.__dict__.pop("forward", None)
+            plain = engines.plain_class(module)
+            if plain is not None:
+                object.__setattr__(module, "__class__", plain)
+        memo.update(engines.stand_ins())
+        for tensor in (*model.parameters(), *model.buffers()):
+            is_parameter = isinstance(tensor, nn.Parameter)
+            if not is_parameter and not tensor.is_floating_point():
+                continue
+            spec = sharding(tensor)  # it knows the global shape
+            full = engines.full_shape(tensor) or tuple(tensor.shape if spec is None else spec.shape)
+            blank = torch.empty(full, dtype=tensor.dtype, device="meta")
+            memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
         yield memo
     finally:
         for module, attributes, cls in saved:
