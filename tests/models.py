@@ -24,6 +24,27 @@ def _configs() -> dict[str, Any]:
         ),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**llama, num_local_experts=4, num_experts_per_tok=2)),
         "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**moe)),
+        "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**llama, num_experts=4, num_experts_per_tok=2)),
+        "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(
+            t.DeepseekV3Config(
+                **{**llama, "num_key_value_heads": 4, "head_dim": 8},
+                moe_intermediate_size=16,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_group=2,
+                topk_group=1,
+                n_shared_experts=1,
+                first_k_dense_replace=1,
+                kv_lora_rank=16,
+                q_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                v_head_dim=8,
+            )
+        ),
+        "gpt_oss": lambda: t.GptOssForCausalLM(
+            t.GptOssConfig(**llama, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+        ),
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**common, intermediate_size=48)),
         "t5": lambda: t.T5ForConditionalGeneration(
             t.T5Config(
@@ -39,6 +60,7 @@ def _configs() -> dict[str, Any]:
     }
 
 
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "opt", "mixtral", "qwen3_moe", "bert", "t5")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,35 @@ def plain_hooks(
     for handle in handles:
         handle.remove()
     return seen
+
+
+@contextmanager
+def own_experts(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Mixtures of experts run by this loop instead of transformers' code: every (token, expert) once, by expert, then
+    by token. Yields {name of the mixture: (tokens, experts)} as they run."""
+    ids: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def loop(name: str, m: Any) -> Callable[..., Tensor]:
+        def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            pairs = [(t, e) for e in range(m.num_experts) for t in range(len(index)) if e in index[t].tolist()]
+            tokens, experts = (torch.tensor(x) for x in zip(*pairs, strict=True))
+            ids[name] = tokens, experts
+            gate_up = torch.stack([m.gate_up_proj[e] @ hidden[t] for t, e in pairs])
+            gated = m._apply_gate(gate_up)
+            out = torch.stack([m.down_proj[e] @ row for (_, e), row in zip(pairs, gated, strict=True)])
+            share = torch.stack([weights[t][index[t] == e].sum() for t, e in pairs])
+            return torch.zeros_like(hidden).index_add(0, tokens, out * share.unsqueeze(-1))
+
+        return forward
+
+    mixtures = {n: m for n, m in model.named_modules() if hasattr(m, "_apply_gate") and hasattr(m, "act_fn")}
+    for name, module in mixtures.items():
+        module.forward = loop(name, module)  # type: ignore[method-assign]
+    try:
+        yield ids
+    finally:
+        for module in mixtures.values():
+            del module.forward
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

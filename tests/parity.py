@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from oracle import Count, plain_hooks, relative_error
+from oracle import Count, own_experts, plain_hooks, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -33,10 +33,18 @@ def compare(
     tolerance: float = 1e-5,
     deliver: str = "all",
     mesh: DeviceMesh | None = None,
+    rows: bool = False,
 ) -> Count:
-    """``run`` makes the local loss on the engine's model, ``run_plain`` the oracle's loss on the plain one."""
+    """``run`` makes the local loss on the engine's model, ``run_plain`` the oracle's loss on the plain one.
+
+    ``rows``: values inside mixtures of experts are compared row by row, by token and expert, and as they are as well
+    where they come as whole tensors.
+    """
     backward = any("backward" in t for t in types)
     want = plain_hooks(plain, run_plain, backward=backward)
+    with own_experts(plain) as ids:
+        by_row = plain_hooks(plain, run_plain, backward=backward) if rows else {}
+    inside = {n: ids[m] for n, _ in plain.named_modules() for m in ids if n.startswith(f"{m}.")}
     fm = FlexModel(model, mesh=mesh)
     names = [n for n in fm.wrapped_module_names if any((n, t, 0) in want for t in types)]
     count = Count()
@@ -57,6 +65,12 @@ def compare(
             got: Any = acts[kind].calls(key)
         except (FlexModelError, KeyError) as error:
             got = error
+        if name in inside and isinstance(got, list):
+            mine = acts[kind].rows(key)
+            same = torch.equal(mine.tokens, inside[name][0]) and torch.equal(mine.experts, inside[name][1])
+            whole = all(isinstance(g, Tensor) for g in got) and len(got) == len(values)
+            got = [mine.values if same else mine.tokens, *(got if whole else [])]
+            values = [*by_row[name, kind, index], *(values if whole else [])]
         count.add(label, got, values, tolerance)
     return count
 

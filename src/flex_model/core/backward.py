@@ -14,6 +14,7 @@ from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged, in_backward
 from flex_model.core.gradients import meet_gradient, parameter_layout
 from flex_model.core.inference import Form, Spot
+from flex_model.core.ragged import merge
 from flex_model.engines import GradientSite
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
@@ -147,23 +148,28 @@ class Backward:
             self.runtime.wait_for_copies()
             fast.put_all(staged)
             return
+        outbox, uneven = self.runtime.outbox, self.runtime.uneven
         claims, self.claims = self.claims, {}
-        if claims:
+        staged, rows = merge(staged, self.runtime.mesh), []
+        if uneven:
+            rows = outbox.status([(s.bound.where, s.key) for s in staged], len(claims))
+        if claims or any(new for _, new, _ in rows):
             self.runtime.inference.settle(claims)
-        refused, self.runtime.outbox.refused = self.runtime.outbox.refused, []
+        if uneven:
+            staged = staged if len({(count, mark) for count, _, mark in rows}) == 1 else outbox.align(staged, 1)
+        refused, outbox.refused = outbox.refused, []
         items = []
         for one in staged:
             known = self.runtime.inference.known.get(one.form) if one.form is not None else None
             if isinstance(known, LayoutError):
                 refused.append((one.bound, one.key, known))
-            elif (item := self.runtime.outbox.item(one, refused)) is not None:
+            elif (item := outbox.item(one, refused)) is not None:
                 items.append(item)
-        if edited or any(i.layout.moving_axes and i.mode != "local" for i in items):
-            outbox = self.runtime.outbox
+        if not uneven and (edited or any(i.layout.moving_axes and i.mode != "local" for i in items)):
             outbox.same_on_all(outbox.status([(i.where, "") for i in items]))
-        self.runtime.outbox.deliver(items)
-        self.runtime.modules.mean_gradients(self.runtime.mesh)
-        self.runtime.outbox.raise_refused(refused)
+        outbox.deliver(items)
+        self.runtime.modules.mean_gradients(self.runtime.mesh, uneven=uneven)
+        outbox.raise_refused(refused)
 
     def stage(self, staged: Staged) -> None:
         self.staged.append(staged)

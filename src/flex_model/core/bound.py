@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flex_model.core.hook_function import EditCall, HookFunction, HookType, Site
 from flex_model.routing.delivery import Deliver
+from flex_model.routing.rows import RowSource
 from flex_model.routing.selection import Selection
 
 __all__ = ["Bound", "Sink"]
@@ -43,6 +44,7 @@ class Bound:
     override: tuple[Any, ...] = ()
     axes: tuple[int, ...] | None = None
     apart: bool = False  # its values are moved with their flattened dim 0 taken apart
+    source: RowSource | None = None  # what knows the rows here, inside a mixture of experts
     enabled: bool = True
     temporary: bool = False  # of capture and edit: the choice of groups does not apply
     fired: int = 0

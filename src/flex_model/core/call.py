@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from flex_model.core.inference import Form
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout
 from flex_model.layout.probe import BatchDim
+from flex_model.routing.rows import Gathered
 from flex_model.trees import find_leaves, first_tensor
 
 __all__ = ["ActiveCall", "Staged", "in_backward", "runs_already"]
@@ -58,6 +59,7 @@ class Staged:
     microbatch: int = 0
     occurrence: int = 0  # which firing of its module within a microbatch
     batch: BatchDim | None = None  # where a step's microbatches are put together
+    rows: tuple[Gathered, ...] = ()  # of which tokens and experts, where rows are tokens at experts
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -82,15 +84,16 @@ class ActiveCall:
     def microbatch(self) -> int:
         return 0 if self.place is None else self.place[1]
 
-    def describe(self) -> Call:
-        """What an editing function sees of this call."""
+    def describe(self, experts: Tensor | None = None) -> Call:
+        """What an editing function sees of this call; ``experts`` of the rows it is given."""
         lead = first_tensor((self.args, self.kwargs))
         named = {leaf.path: leaf.tensor for leaf in find_leaves(self.kwargs)}
         positions = named.get("position_ids", named.get("cache_position"))
         cache = self.kwargs.get("past_key_values")
         length = getattr(cache, "get_seq_length", lambda: 0)()
         decoding = lead is not None and lead.dim() > 1 and lead.shape[1] == 1 and int(length) > 0
-        return Call(self.index, self.microbatch, phase="decode" if decoding else "prefill", positions=positions)
+        phase: Literal["prefill", "decode"] = "decode" if decoding else "prefill"
+        return Call(self.index, self.microbatch, phase, positions, experts)
 
     def shapes_mark(self) -> int:
         """A number that ranks share when all their input shapes are equal."""

@@ -15,6 +15,7 @@ from flex_model.core.hook_function import Site
 from flex_model.core.names import Pattern, glob_to_regex
 from flex_model.errors import DeliveryError, NameNotFoundError
 from flex_model.routing.assembly import Parts
+from flex_model.routing.rows import Rows
 
 __all__ = ["Captured"]
 
@@ -26,9 +27,17 @@ class _Calls:
 
     def __init__(self) -> None:
         self.values: dict[str | Site, list[Any]] = {}
+        self.rows: dict[str | Site, dict[int, list[Rows]]] = {}  # by forward of the mixture of experts
 
     def put(self, key: str | Site, value: Any) -> None:
         self.values.setdefault(key, []).append(value)
+
+    def put_rows(self, key: str | Site, value: Any, tokens: Tensor, experts: Tensor, serial: int) -> None:
+        self.put(key, value)
+        flat = torch.cat(value.tensors) if isinstance(value, Parts) else value
+        if len(flat) == len(tokens):
+            calls = self.rows.setdefault(key, {})
+            calls.setdefault(serial if serial >= 0 else -1 - len(calls), []).append(Rows(flat, tokens, experts))
 
 
 class Captured(Mapping[str | Site, Value]):
@@ -88,6 +97,30 @@ class Captured(Mapping[str | Site, Value]):
         """All gradients of ``key``, one a backward, in the order in which they came."""
         return list(self._of(self._grads, key, "gradient"))
 
+    def rows(self, key: str | Site, *, call: int | None = None, grad: bool = False) -> Rows:
+        """The value inside a mixture of experts, or its gradient, with the token and the expert of every row.
+
+        On one process such a value is a tensor whose rows lie as the model's code has them, or one for each expert; on
+        many it may be ``Parts``. This is the same on all: every row once, sorted by expert and then by token.
+
+        >>> with fm.capture("model.layers.3.mlp.experts.act_fn") as acts:     # doctest: +SKIP
+        ...     fm(**inputs)
+        >>> rows = acts.rows("model.layers.3.mlp.experts.act_fn")              # doctest: +SKIP
+        >>> rows.values[rows.experts == 7].norm(dim=-1)                        # doctest: +SKIP
+        >>> torch.zeros(batch * length, width).index_add(0, rows.tokens, rows.values)  # doctest: +SKIP
+
+        ``call``: which forward, if there were several. Raises DeliveryError where no engine knows the rows.
+        """
+        table, word = (self._grads, "gradient") if grad else (self._values, "value")
+        self._of(table, key, word)
+        found = list(table.rows.get(key, {}).values())
+        if not found:
+            raise DeliveryError(f"the rows of {key!r} are not tokens at experts, or no engine can tell which they are.")
+        if call is None and len(found) > 1:
+            raise DeliveryError(f"{key!r} has {len(found)} calls; take one with acts.rows({key!r}, call=0).")
+        pieces = found[call or 0]
+        return Rows.sorted(*(torch.cat([getattr(p, f) for p in pieces]) for f in ("values", "tokens", "experts")))
+
     def __iter__(self) -> Iterator[str | Site]:
         order = {k: i for i, k in enumerate(self._keys)}
         return iter(sorted(self._values.values, key=lambda k: order.get(k, len(order))))
@@ -127,7 +160,10 @@ class Captured(Mapping[str | Site, Value]):
 
 def _named(name: str, value: Value) -> dict[str, Tensor]:
     if isinstance(value, Parts):
-        return {f"{name}@{i}": t.contiguous() for i, t in enumerate(value.tensors)}
+        flat = {f"{name}@{i}": t for i, t in enumerate(value.tensors)}
+        flat |= {f"{name}@{i}:tokens": t for i, t in enumerate(value.tokens)}
+        flat |= {f"{name}@{i}:experts": t for i, t in enumerate(value.experts)}
+        return {n: t.detach().contiguous().cpu().clone() for n, t in flat.items()}
     if isinstance(value, DTensor):
         value = value.to_local()
     return {name: value.detach().contiguous().cpu().clone()}

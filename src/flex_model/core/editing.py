@@ -155,6 +155,9 @@ def _every_rank(bound: Bound, context: EditContext, local: Tensor, layout: Layou
     route = (
         Route(context.mesh, layout, local, axes=bound.axes, even_axes=context.even_axes) if context.mesh.axes else None
     )
+    if route is not None and any(context.mesh.axes[i].kind == "tensor" for i in layout.parted):
+        with context.modules.replaced(context.modules.kept_apart() if torch.is_grad_enabled() else []):
+            return _call(bound, context, local, index, call), local
     if route is None or route.trivial:
         out = _call(bound, context, local, index, call)
         return out, local

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.call import Staged
 from flex_model.core.editing import check_answer, refuse_write
+from flex_model.core.ragged import give, identified
 from flex_model.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ def put_all(staged: Iterable[Staged]) -> None:
     for one in staged:
         bound = one.bound
         sink = bound.gradient_sink if one.gradient and not bound.is_gradient else bound.sink
-        sink.put(one.key, one.local)  # type: ignore[union-attr]
+        assert sink is not None
+        if one.rows:
+            give(sink, one.key, identified(one.local, one.rows[0]))
+        else:
+            sink.put(one.key, one.local)
 
 
 def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook | None:
@@ -47,6 +52,7 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
         or bound.is_gradient
         or bound.gradient_sink is not None
         or bound.attached
+        or bound.source is not None
         or bound.selection is not None
         or hook.unpack_idx not in (0, "all")
         or hook.random

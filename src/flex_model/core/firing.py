@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.call import ActiveCall, Staged, in_backward
 from flex_model.core.editing import run_edit
-from flex_model.core.gradients import claim_layout, watch_gradient
+from flex_model.core.gradients import claim_layout, form_of, watch_gradient
 from flex_model.core.hook_function import Call
-from flex_model.core.inference import Form, Spot
+from flex_model.core.inference import Form
 from flex_model.core.local import like, plain
+from flex_model.core.ragged import gathered, give, identified, refusal, whole_experts
 from flex_model.errors import EditError, LayoutError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.routing.collectives import extremes
 from flex_model.routing.delivery import to_host
 from flex_model.routing.one_rank import tie
 from flex_model.routing.route import Route, with_part_of_gradient, with_whole_gradient
+from flex_model.routing.rows import Gathered
 from flex_model.trees import Leaf, find_leaves, input_leaves, replace_leaves, resolve_index
 
 if TYPE_CHECKING:
@@ -97,8 +99,9 @@ class Point:
         return {i: t.flatten(0, 1) for i, t in new.items()} if self.apart else new
 
     def _claim(self, bound: Bound, index: int, value: Tensor, call: ActiveCall, occurrence: int) -> None:
-        spot = Spot(bound.name, self.side, index, False, bound.override, occurrence)
-        claim_layout(self.runtime, bound, self.runtime.inference.form(spot, value), value, call, occurrence, now=False)
+        rows = gathered(bound, value, call)
+        form = form_of(self.runtime, bound, index, value, occurrence, rows)
+        claim_layout(self.runtime, bound, form, value, call, occurrence, rows, now=False)
 
     def _watched(self, leaves: list[Leaf]) -> dict[int, list[tuple[Bound, bool]]]:
         table: dict[int, list[tuple[Bound, bool]]] = {}
@@ -126,21 +129,25 @@ def fire(runtime: Runtime, bound: Bound, leaf: Leaf, call: ActiveCall, occurrenc
     recomputed = in_backward() != -1
     if not recomputed:
         bound.fired += 1
-    value = leaf.tensor
-    form = runtime.inference.form(Spot(bound.name, bound.side, leaf.index, False, bound.override, occurrence), value)
+    value, rows = leaf.tensor, gathered(bound, leaf.tensor, call)
+    form = form_of(runtime, bound, leaf.index, value, occurrence, rows)
     needed_now = bound.edit is not None or bound.attached
-    layout = claim_layout(runtime, bound, form, value, call, occurrence, now=needed_now)
+    layout = claim_layout(runtime, bound, form, value, call, occurrence, rows, now=needed_now)
+    if isinstance(layout, Layout):
+        layout = refusal(runtime, bound, value, layout) or layout
     if isinstance(layout, LayoutError):
-        if not recomputed:
+        if not recomputed and bound.edit is not None and rows is not None and runtime.uneven:
+            runtime.outbox.note_failure(bound, Call(call.index), layout)  # other ranks may not have met it
+        elif not recomputed:
             runtime.outbox.refuse(bound, bound.key_of(leaf.index, several), layout)
         return None
     capturing = bound.sink is not None and not recomputed
     if not needed_now:
         if capturing:
-            _stage(runtime, bound, plain(value.detach()), form, layout, call, bound.key_of(leaf.index, several))
+            _stage(runtime, bound, plain(value.detach()), form, layout, call, bound.key_of(leaf.index, several), rows)
         return None
     assert layout is not None
-    return _edit(runtime, bound, leaf, form, layout, call, capturing, several, recomputed)
+    return _edit(runtime, bound, leaf, form, layout, call, capturing, several, recomputed, rows)
 
 
 def _stage(
@@ -151,9 +158,12 @@ def _stage(
     layout: Layout | None,
     call: ActiveCall,
     key: Any,
+    rows: Gathered | None = None,
 ) -> None:
     selected = False
     batch = runtime.inference.batch_of(form) if call.place is not None else None
+    if rows is not None:
+        local = rows.take(local)
     if bound.selection is not None and layout is not None and call.place is None:
         if not runtime.mesh.axes and (problem := check_expected(bound, local)):
             raise ShapeError(problem)
@@ -162,6 +172,7 @@ def _stage(
             (local, layout), selected = taken, True
     staged = Staged(bound, key, to_host(local, runtime.keep_on(layout)), form, layout, selected=selected)
     staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch
+    staged.rows = () if rows is None else (rows,)
     runtime.stage(call, staged)
 
 
@@ -175,18 +186,22 @@ def _edit(
     capturing: bool,
     several: bool,
     recomputed: bool,
+    rows: Gathered | None,
 ) -> Tensor | None:
     value, key = leaf.tensor, bound.key_of(leaf.index, several)
     if capturing and not bound.attached:
-        _stage(runtime, bound, plain(value.detach()), form, layout, call, key)
+        _stage(runtime, bound, plain(value.detach()), form, layout, call, key, rows)
     if bound.attached:
-        return _attach(runtime, bound, value, layout, key, capturing, call)
+        return _attach(runtime, bound, value, layout, key, capturing, call, rows)
     _check_lockstep(runtime, bound, layout, call)
     call.edited = True
     runtime.context.even_axes = _even_axes(runtime, layout, call)
-    description = call.describe() if bound.wants_call else Call(call.index, call.microbatch)
+    description = (
+        call.describe(whole_experts(runtime, layout, rows)) if bound.wants_call else Call(call.index, call.microbatch)
+    )
     snapshot_key = (id(bound), leaf.index)
-    local = plain(value)
+    whole = plain(value)
+    local = whole if rows is None else rows.take(whole)
     state = call.recall(snapshot_key, local) if recomputed else None
     if state is not None:
         with runtime.save_ctx.replayed(state):
@@ -199,11 +214,20 @@ def _edit(
         return None
     if runtime.keep_alive and torch.is_grad_enabled() and local.requires_grad:
         out = tie(out, local)  # the reducer waits for every parameter, also where the edit cut the graph
+    if rows is not None:
+        out = rows.put(whole, out)
     return like(out, value)
 
 
 def _attach(
-    runtime: Runtime, bound: Bound, value: Tensor, layout: Layout, key: Any, capturing: bool, call: ActiveCall
+    runtime: Runtime,
+    bound: Bound,
+    value: Tensor,
+    layout: Layout,
+    key: Any,
+    capturing: bool,
+    call: ActiveCall,
+    rows: Gathered | None,
 ) -> Tensor | None:
     """Hand out the full value with its graph, and let the model go on from it, so that gradients reach it."""
     local = plain(value)
@@ -217,7 +241,9 @@ def _attach(
         back = with_whole_gradient(route.reshard(full.clone()), runtime.mesh, layout)
     if capturing and bound.sink is not None:
         told = full.flatten(0, 1) if bound.apart else full
-        bound.sink.put(key, told if bound.selection is None else bound.selection.take(told))
+        out = told if bound.selection is None else bound.selection.take(told)
+        alone = rows is not None and all(a.kind != "data" for a in runtime.mesh.axes)
+        give(bound.sink, key, identified(out, rows) if alone and rows is not None else out)
     return like(back, value)
 
 
@@ -227,7 +253,7 @@ def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: Active
     needs = [
         runtime.mesh.names[i]
         for i in layout.sharded_axes
-        if runtime.mesh.axes[i].kind == "data" and (bound.axes is None or i in bound.axes)
+        if runtime.mesh.axes[i].kind == "data" and i not in layout.parted and (bound.axes is None or i in bound.axes)
     ]
     call.crossed = call.crossed or bool(needs)
     if needs and not runtime.direct and call.place is None:
@@ -240,7 +266,7 @@ def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: Active
 def _even_axes(runtime: Runtime, layout: Layout, call: ActiveCall) -> frozenset[int]:
     """Axes along which all input shapes are equal in this call; asked once a call, when a data axis is first needed."""
     mesh = runtime.mesh
-    if not any(mesh.axes[i].kind == "data" for i in layout.sharded_axes):
+    if not any(mesh.axes[i].kind == "data" and i not in layout.parted for i in layout.sharded_axes):
         return frozenset()
     if call.even_axes is None:
         low, high = extremes(torch.tensor([call.shapes_mark()]), mesh.world, runtime.device_of_values)

@@ -17,6 +17,7 @@ from flex_model.core.editing import run_edit
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form, Spot, placements_on
 from flex_model.core.local import like, plain
+from flex_model.core.ragged import gathered, parted, refusal, whole_experts
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim
@@ -24,15 +25,24 @@ from flex_model.layout.mesh import AxisKind
 from flex_model.layout.values import digest
 from flex_model.routing.delivery import to_host
 from flex_model.routing.route import gradient_scale
+from flex_model.routing.rows import Gathered
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["claim_layout", "meet_gradient", "parameter_layout", "watch_gradient"]
+__all__ = ["claim_layout", "form_of", "meet_gradient", "parameter_layout", "watch_gradient"]
 
 
 def claim_layout(
-    runtime: Runtime, bound: Bound, form: Form, value: Tensor, call: ActiveCall, occurrence: int, *, now: bool
+    runtime: Runtime,
+    bound: Bound,
+    form: Form,
+    value: Tensor,
+    call: ActiveCall,
+    occurrence: int,
+    rows: Gathered | None = None,
+    *,
+    now: bool,
 ) -> Layout | LayoutError | None:
     """The layout of a value; None where it will be settled at the end of the forward."""
     inference = runtime.inference
@@ -41,13 +51,24 @@ def claim_layout(
     layout = inference.lookup(form)
     if layout is None:
         assert bound.module is not None
-        made: Claim = inference.claim(form, value, bound.module, occurrence, bound.hook.expected_shape)
-        if now:
+        own = parted(runtime, bound, rows)
+        made: Claim = inference.claim(form, value, bound.module, occurrence, bound.hook.expected_shape, own)
+        if now and own:
+            inference.settle_alone(form, made)
+            layout = inference.known[form]
+        elif now:
             inference.settle({form: made})
             layout = inference.known[form]
         else:
             call.claims.setdefault(form, made)
     return layout  # type: ignore[no-any-return]
+
+
+def form_of(runtime: Runtime, bound: Bound, index: int, value: Tensor, occurrence: int, rows: Gathered | None) -> Form:
+    """The form under which a value's layout is kept; of rows at experts all firings have the same."""
+    kind = "" if rows is None else "ordered" if rows.ordered else "parted"
+    spot = Spot(bound.name, bound.side, index, False, bound.override, occurrence if rows is None else 0, kind)
+    return runtime.inference.form(spot, value)
 
 
 class _Alias(torch.autograd.Function):
@@ -80,15 +101,22 @@ def watch_gradient(
             return None
         value = value.detach().requires_grad_().clone()
     bound = watchers[0][0]
-    form = runtime.inference.form(Spot(bound.name, side, index, False, bound.override, occurrence), value)
-    claim_layout(runtime, bound, form, value, call, occurrence, now=False)
+    rows = gathered(bound, value, call)
+    form = form_of(runtime, bound, index, value, occurrence, rows)
+    claim_layout(runtime, bound, form, value, call, occurrence, rows, now=False)
     alias: Tensor = _Alias.apply(value)
-    alias.register_hook(partial(on_gradient, runtime, watchers, index, form, call))
+    alias.register_hook(partial(on_gradient, runtime, watchers, index, form, call, rows))
     return alias
 
 
 def on_gradient(
-    runtime: Runtime, watchers: list[tuple[Bound, bool]], index: int, form: Form, call: ActiveCall, grad: Tensor
+    runtime: Runtime,
+    watchers: list[tuple[Bound, bool]],
+    index: int,
+    form: Form,
+    call: ActiveCall,
+    rows: Gathered | None,
+    grad: Tensor,
 ) -> Tensor | None:
     """The gradient of a value arrives."""
     runtime.backward.arm(call)
@@ -100,7 +128,7 @@ def on_gradient(
             )
         return None
     layout = runtime.inference.gradient_layout(forward, grad)
-    return meet_gradient(runtime, watchers, index, form, layout, call, grad)
+    return meet_gradient(runtime, watchers, index, form, layout, call, grad, rows)
 
 
 def meet_gradient(
@@ -111,6 +139,7 @@ def meet_gradient(
     layout: Layout,
     call: ActiveCall,
     grad: Tensor,
+    rows: Gathered | None = None,
 ) -> Tensor | None:
     """Capture and edit a local gradient; the gradient to go on with, or None for the one that came."""
     scale = gradient_scale(runtime.mesh, layout, range(len(runtime.mesh.axes)))
@@ -121,36 +150,48 @@ def meet_gradient(
     for bound, several in watchers:
         now = grad if new is None else new
         key = bound.key_of(index, several)
-        if isinstance(verified, LayoutError):
-            runtime.outbox.refuse(bound, key, verified)
+        problem = verified if isinstance(verified, LayoutError) else refusal(runtime, bound, now, layout)
+        if problem is not None:
+            runtime.outbox.refuse(bound, key, problem)
             continue
         sink = bound.sink if bound.is_gradient else bound.gradient_sink
         bound.fired += bound.is_gradient
         if sink is not None:
-            local = to_host(plain(now.detach()), runtime.keep_on(layout))
+            local = plain(now.detach())
+            local = to_host(local if rows is None else rows.take(local), runtime.keep_on(layout))
             staged = Staged(bound, key, local, _gradient_form(form), layout, True, selected=True)
             staged.microbatch, staged.occurrence = call.microbatch, form.spot.occurrence
+            staged.rows = () if rows is None else (rows,)
             if call.place is not None:
                 staged.batch = runtime.inference.batch_of(form)
             runtime.backward.stage(staged)
         if bound.edit is not None and bound.is_gradient:
-            out = _edit_gradient(runtime, bound, index, layout, call, now, scale)
+            out = _edit_gradient(runtime, bound, index, layout, call, now, scale, rows)
             new = new if out is None else out
     return new
 
 
 def _edit_gradient(
-    runtime: Runtime, bound: Bound, index: int, layout: Layout, call: ActiveCall, grad: Tensor, scale: float
+    runtime: Runtime,
+    bound: Bound,
+    index: int,
+    layout: Layout,
+    call: ActiveCall,
+    grad: Tensor,
+    scale: float,
+    rows: Gathered | None,
 ) -> Tensor | None:
-    local = plain(grad)
+    whole = plain(grad)
+    local = whole if rows is None else rows.take(whole)
     runtime.backward.edited = True
     runtime.context.even_axes = frozenset()
-    out, _ = run_edit(
-        bound, runtime.context, local / scale if scale != 1 else local, layout, index, Call(call.index, call.microbatch)
-    )
+    experts = whole_experts(runtime, layout, rows) if bound.wants_call else None
+    description = Call(call.index, call.microbatch, experts=experts)
+    out, _ = run_edit(bound, runtime.context, local / scale if scale != 1 else local, layout, index, description)
     if out is None:
         return None
-    return like(out * scale if scale != 1 else out, grad)
+    out = out * scale if scale != 1 else out
+    return like(out if rows is None else rows.put(whole, out), grad)
 
 
 def _gradient_form(form: Form) -> Form:

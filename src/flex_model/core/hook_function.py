@@ -34,12 +34,14 @@ class Call:
 
     ``index`` counts forwards of the whole model since wrapping; ``phase`` is ``"decode"`` where a single position runs
     against a cache, else ``"prefill"``; ``positions`` are absolute, ``(S,)`` or ``(B, S)``, or None where unknown.
+    ``experts``, ``(R,)``: the expert of each row, where the value's rows are tokens at experts; else None.
     """
 
     index: int
     microbatch: int = 0
     phase: Literal["prefill", "decode"] = "prefill"
     positions: Tensor | None = None
+    experts: Tensor | None = None
 
 
 class HookFunction:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, Shard
 
 from flex_model.engines import Engines
 from flex_model.engines.engine import axes_of_mesh
@@ -25,8 +26,8 @@ from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BATCH, SEQUENCE, Along, BatchDim, probe
 from flex_model.layout.record import Key, Watched, input_kind
 from flex_model.layout.sequence import Order, order_by_positions
-from flex_model.layout.twin import Twin, TwinShapes
-from flex_model.routing.agreement import settle
+from flex_model.layout.twin import GlobalShapes, Twin, TwinShapes, global_shapes
+from flex_model.routing.agreement import settle, settle_alone
 from flex_model.trees import Leaf, copy_tree, input_leaves
 
 __all__ = ["Form", "Inference", "Spot", "placements_on"]
@@ -43,6 +44,7 @@ class Spot(NamedTuple):
     gradient: bool = False
     override: tuple[Any, ...] = ()
     occurrence: int = 0  # which firing of the module within a call
+    rows: str = ""  # of tokens at experts: whether they are each rank's own, or in the batch's order
 
     @property
     def place(self) -> str:
@@ -70,6 +72,7 @@ class Inference:
         self._watched: Watched = {}
         self._twin: TwinShapes | None = None
         self._found: dict[str, dict[Key, list[BatchDim]] | str] = {}  # what probes saw, or why they could not
+        self._shapes: GlobalShapes = {}
         self._probed: set[tuple[Any, ...]] = set()
         self._probes = [SEQUENCE] if any(a.sequence for a in mesh.axes) else []
         if engines.parts or any(a.kind == "data" and not a.sequence for a in mesh.axes):
@@ -122,6 +125,7 @@ class Inference:
         self._entered = called is not module
         self._inputs = (called, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
         self._twin, self._found = None, {}
+        self._shapes = global_shapes(module)
         for along in self._probes:
             self._probe(along)
 
@@ -172,11 +176,13 @@ class Inference:
         module: nn.Module,
         occurrence: int,
         expected: tuple[int | None, ...] | None,
+        parted: tuple[int, ...] = (),
     ) -> Claim:
-        """This rank's claim for a value that has no settled layout."""
+        """This rank's claim for a value that has no settled layout; along ``parted`` axes its rows are its own."""
         spot = form.spot
         where = spot.place
         stated = {**self._ruled(module, spot, value.dim()), **self.stated(value)}
+        stated.update({axis: (Shard(0), "tokens at their experts") for axis in parted})
         for axis, placement in spot.override:
             stated[axis] = (placement, "layout=")
         known = self.known.get(form) or self.known.get(form._replace(grad_mode=not form.grad_mode))
@@ -199,6 +205,8 @@ class Inference:
             order=lambda dim, size: (
                 self._disorder(key, spot.index) or self.engines.order(module, spot.side, dim - value.dim(), size)
             ),
+            rows=bool(spot.rows),
+            parted=parted,
             **self._twin_shapes(module, key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
@@ -245,7 +253,7 @@ class Inference:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
             dim = self.engines.batch_dim(inside, (args, kwargs))
             kept = {a.ranks for a in self.mesh.axes if a.sequence}
-            self._twin = Twin(inside, self.engines, dim, kept).shapes(args, kwargs, self._watched)
+            self._twin = Twin(inside, self.engines, self._shapes, dim, kept).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
         if once is None or twice is None:
             once = twice = None
@@ -290,6 +298,11 @@ class Inference:
             elif isinstance(found, Layout):
                 self._common[place] = found
 
+    def settle_alone(self, form: Form, claim: Claim) -> None:
+        """Take this rank's claim for rows at experts: that they are its own needs nobody else."""
+        self.known[form] = found = settle_alone(claim, self.mesh)
+        self._common.setdefault(_any_firing(form), found)
+
     def gradient_layout(self, forward: Layout, grad: Tensor) -> Layout:
         """The layout of a gradient, from that of the value it belongs to."""
         placements = list(forward.placements)
@@ -302,7 +315,7 @@ class Inference:
             placements[axis] = Partial("sum")
         for axis, (placement, _) in self.stated(grad).items() if isinstance(grad, DTensor) else ():
             placements[axis] = placement
-        return Layout(tuple(placements), forward.evidence, forward.shape, forward.ragged, forward.proven)
+        return replace(forward, placements=tuple(placements))
 
 
 def _any_firing(form: Form) -> Form:

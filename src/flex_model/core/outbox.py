@@ -20,6 +20,7 @@ from flex_model.core.bound import Bound, Sink, check_expected
 from flex_model.core.call import Staged
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form
+from flex_model.core.ragged import Identity, give, refusal, stand_ins, stub_of, unnamed
 from flex_model.errors import DeliveryError, EditError, FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim
@@ -60,13 +61,14 @@ class Outbox:
         data = any(a.kind == "data" for a in mesh.axes)
         new = bool(self.claims)
         # On tensor axes alone all ranks run the same code on the same data, so that they ask alike without asking.
-        if edited or data or any(_moves(s) for s in self.waiting):
+        uneven = self.runtime.uneven
+        if edited or data or uneven or any(_moves(s) for s in self.waiting):
             rows = self.status([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
             new = any(claims for _, claims, _ in rows)
-            if data and len({(count, mark) for count, _, mark in rows}) > 1:
+            if (data or uneven) and len({(count, mark) for count, _, mark in rows}) > 1:
                 self._settle(new)
                 new = False
-                self._align()
+                self.waiting = self.align(self.waiting, self.forwards)
             else:
                 self.same_on_all(rows)
         self._settle(new)
@@ -87,7 +89,7 @@ class Outbox:
         if mesh.axes and len({(count, mark) for count, _, mark in rows}) > 1:
             self._settle(new)
             new = False
-            self._align()
+            self.waiting = self.align(self.waiting, self.forwards)
         self._settle(new)
         items, refused = self._items()
         parcels = self._parcels(items, refused)
@@ -125,7 +127,7 @@ class Outbox:
             if item.mode == "local":
                 self._sink(bound, gradient).put(key, value)
             else:
-                parcels.append(Parcel((index[id(bound)], key, gradient), item.mode, value))
+                parcels.append(Parcel((index[id(bound)], key, gradient), item.mode, unnamed(value)))
         return parcels
 
     def _kept(self, value: Any) -> Any:
@@ -165,6 +167,9 @@ class Outbox:
             layout = found
         local, finish = staged.local, None
         if bound.selection is not None and not staged.selected:
+            if (error := refusal(self.runtime, bound, local, layout)) is not None:
+                refused.append((bound, staged.key, error))
+                return None
             taken = self.select_on_shards(bound, local, layout)
             if taken is not None:
                 local, layout = taken
@@ -183,10 +188,13 @@ class Outbox:
             finish, check = flattened.finish(finish), flattened.check(check)
 
         def put(full: Any) -> None:
-            sink.put(key, self._kept(flattened.parts(full) if bound.apart else full))
+            give(sink, key, flattened.parts(full) if bound.apart else full, self._kept)
 
         label = (bound, key, staged.gradient)
-        return Item(bound.where, local, layout, bound.deliver, put, scale, finish, check, label)
+        item = Item(bound.where, local, layout, bound.deliver, put, scale, finish, check, label)
+        if staged.rows or layout.parted:
+            item.beside = Identity(staged, layout, self.runtime.mesh)
+        return item
 
     def select_on_shards(self, bound: Bound, local: Tensor, layout: Layout) -> tuple[Tensor, Layout] | None:
         """The selection of this rank's shard and its layout; None if it can only be made from the whole."""
@@ -259,29 +267,34 @@ class Outbox:
         """Deliver all that still waits. Collective, also for ranks that hold less than others."""
         self.point(edited=bool(self.failures) or not self.runtime.lockstep)
 
-    def _align(self) -> None:
+    def align(self, staged: list[Staged], forwards: int) -> list[Staged]:
         """Ranks hold different values: they ran different numbers of forwards, or a module ran on some ranks only.
 
         A rank that did not run the k-th forward stands in with no rows. A module that ran in it on some ranks and not
-        on others (an expert that got no token) has no whole value, and is refused by name.
+        on others has no whole value, and is refused by name, unless its rows are parts: then who ran none has none.
         """
-        places = [(s.bound.where, repr(s.key), s.forward) for s in self.waiting]
-        shapes = {place: tuple(s.local.shape) for place, s in zip(places, self.waiting, strict=True)}
-        everyone = all_gather_objects((self.forwards, places, shapes), self.runtime.mesh.world)
+        places = [(s.bound.where, repr(s.key), s.forward) for s in staged]
+        shapes = {place: stub_of(s, self.runtime) for place, s in zip(places, staged, strict=True)}
+        everyone = all_gather_objects((forwards, places, shapes), self.runtime.mesh.world)
         order = dict.fromkeys(p for _, theirs, _ in everyone for p in theirs)
-        broken = {p[:2] for p in order if not _runs_together(p, everyone)}
-        kept = {p: [s for place, s in zip(places, self.waiting, strict=True) if place == p] for p in order}
-        like = {p[:2]: s for p, s in zip(places, self.waiting, strict=True)}
-        self.waiting = []
+        stubs = {p: next(known[p] for _, _, known in everyone if p in known) for p in order}
+        broken = {p[:2] for p in order if not (stubs[p].parted or _runs_together(p, everyone))}
+        kept = {p: [s for place, s in zip(places, staged, strict=True) if place == p] for p in order}
+        like = {p[:2]: s for p, s in zip(places, staged, strict=True)}
+        aligned: list[Staged] = []
         for where, key in broken:
             self._refuse_place(where, key)
         for place in sorted(order, key=lambda p: p[2]):
             if place[:2] in broken:
                 continue
             times = max(theirs.count(place) for _, theirs, _ in everyone)
-            shape = next(known[place] for _, _, known in everyone if place in known)
-            missing = times - len(kept[place])
-            self.waiting += kept[place] or [self._empty(like[place[:2]], shape) for _ in range(missing)]
+            if kept[place]:
+                aligned += kept[place]
+            elif stubs[place].parted:
+                aligned += stand_ins(self.runtime, place, stubs[place])
+            else:
+                aligned += [self._empty(like[place[:2]], stubs[place].shape) for _ in range(times)]
+        return aligned
 
     def _refuse_place(self, where: str, key: str) -> None:
         error = LayoutError(f"{where}: the full value is unknown: it ran on some ranks and not on others.")

@@ -65,6 +65,7 @@ def bind(
         selection=selection,
         override=override,
         axes=axes,
+        source=None if hook_type == "tensor" else runtime.engines.row_source(module),
         temporary=temporary,
     )
 
@@ -109,10 +110,13 @@ class _GradientSink:
     """Gradients of what a capture holds."""
 
     def __init__(self, acts: Captured) -> None:
-        self._acts = acts
+        self._acts, self._table = acts, acts._grads
 
     def put(self, key: str | Site, value: Any) -> None:
-        self._acts._grads.put(key, value)
+        self._table.put(key, value)
+
+    def put_rows(self, key: str | Site, value: Any, tokens: Any, experts: Any, serial: int) -> None:
+        self._table.put_rows(key, value, tokens, experts, serial)
 
     def refuse(self, key: str | Site, error: Exception) -> None:
         self._acts.refused[key] = error
@@ -122,8 +126,11 @@ class _GradientSink:
 
 
 class _ValueSink(_GradientSink):
-    def put(self, key: str | Site, value: Any) -> None:
-        self._acts._values.put(key, value)
+    """What a capture holds itself."""
+
+    def __init__(self, acts: Captured) -> None:
+        super().__init__(acts)
+        self._table = acts._values
 
 
 def capture_bounds(

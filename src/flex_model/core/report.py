@@ -67,8 +67,8 @@ def hook_rows(runtime: Runtime) -> list[HookRow]:
 
 
 def _describe(layout: Layout, runtime: Runtime) -> str:
-    pairs = zip(runtime.mesh.names, layout.placements, strict=True)
-    return ", ".join(f"{n}: {p}" for n, p in pairs) or "whole"
+    pairs = enumerate(zip(runtime.mesh.names, layout.placements, strict=True))
+    return ", ".join(f"{n}: {'a part each' if i in layout.parted else p}" for i, (n, p) in pairs) or "whole"
 
 
 def site_rows(runtime: Runtime) -> list[SiteRow]:
@@ -118,6 +118,8 @@ def plan_rows(runtime: Runtime) -> list[PlanRow]:
 
 def _cost(bound: Bound, layout: Layout, runtime: Runtime) -> PlanRow:
     axes = [i for i in layout.moving_axes if bound.axes is None or i in bound.axes]
+    if bound.edit is not None:
+        axes = [i for i in axes if i not in layout.parted]
     whole = prod(layout.shape)
     shards = prod(runtime.mesh.axes[i].size for i in axes if shard_dim(layout.placements[i]) is not None)
     if not axes or (bound.edit is not None and bound.hook.run == "sharded"):

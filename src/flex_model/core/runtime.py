@@ -31,6 +31,7 @@ from flex_model.core.groups import Groups
 from flex_model.core.inference import Inference
 from flex_model.core.names import Names
 from flex_model.core.outbox import Outbox
+from flex_model.core.ragged import merge
 from flex_model.core.register import on_mesh
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.steps import Steps
@@ -41,6 +42,7 @@ from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.values import sharding
 from flex_model.routing.collectives import all_gather_objects
+from flex_model.routing.rows import parted_axes
 
 __all__ = ["Runtime"]
 
@@ -87,6 +89,8 @@ class Runtime:
         self._handles: list[Any] = []
         self._entry_handles: list[Any] = []
         self._parameter_handles: list[Any] = []
+        self._watch_handles: list[Any] = []
+        self.uneven = False  # ranks may meet hooks unequally often: rows at experts are where tokens have chosen them
         self._entries_stale = False
         self._told = False
         self._wanted: dict[tuple[str, str, str], nn.Module] = {}  # values whose layouts hooks need
@@ -122,6 +126,8 @@ class Runtime:
         for bound in self.bounds:
             bound.axes, bound.override = on_mesh(bound.hook, self.mesh, bound.where)
         self.inference = Inference(self.engines, self.mesh, list(self.names.places[""].values()))
+        for bound in self.bounds:
+            bound.source = None if bound.side == "param" else self.engines.row_source(bound.module)
         self.context = EditContext(self.mesh, self.save_ctx, self.modules, self.seed)
         if self.whole.axes:
             self.context.on_failure = self.outbox.note_failure
@@ -170,7 +176,12 @@ class Runtime:
     def uninstall(self) -> None:
         """Take all hooks off; within a call, those that see its end stay until then."""
         self._entries_stale = self.active is not None
-        for handles in (self._handles, self._parameter_handles, [] if self.active else self._entry_handles):
+        for handles in (
+            self._handles,
+            self._parameter_handles,
+            self._watch_handles,
+            [] if self.active else self._entry_handles,
+        ):
             for handle in handles:
                 handle.remove()
             handles.clear()
@@ -192,6 +203,7 @@ class Runtime:
             if b.side != "param" and b.module is not None
         }
         self._install_parameters()
+        self._install_watches()
         for bound in enabled:
             if bound.side != "param":
                 by_place.setdefault((id(bound.module), bound.side), []).append(bound)
@@ -236,6 +248,14 @@ class Runtime:
                     hook = partial(self.backward.on_parameter, bound, site, sharding(parameter))
                     self._parameter_handles.append(parameter.register_hook(hook))
 
+    def _install_watches(self) -> None:
+        """Look on at the mixtures of experts that enabled hooks are inside of."""
+        for handle in self._watch_handles:
+            handle.remove()
+        sources = {id(b.source): b.source for b in self.bounds if b.enabled and b.source is not None}.values()
+        self._watch_handles = [handle for source in sources for handle in source.watch()]
+        self.uneven = any(parted_axes(self.mesh, source) for source in sources)
+
     # -- calls -------------------------------------------------------------------------------------------------
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of an entry module starts; the outermost one is the call."""
@@ -255,6 +275,7 @@ class Runtime:
         if step is None and self._engine_mark() != self._mark:
             self.refresh()
             self._install_parameters()
+            self._install_watches()
         index = self.calls if step is None else step.index
         self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
@@ -332,6 +353,7 @@ class Runtime:
         elif call.place is not None:
             self.steps.keep(call)
         else:
+            call.staged = merge(call.staged, self.mesh)
             for staged in call.staged:
                 staged.forward = self.outbox.forwards
             self.outbox.forwards += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from flex_model.errors import EditError
 from flex_model.layout.mesh import ModelMesh
+from flex_model.routing.collectives import all_gather_ints
 
 __all__ = ["TrainableModules"]
 
@@ -31,6 +34,10 @@ def _slots(module: nn.Module) -> list[tuple[nn.Module, str]]:
 class TrainableModules(nn.ModuleDict):
     """``modules`` of an editing function. Under DTensor engines parameters are replicated DTensors outside of edits,
     so that clipping and fused optimizers take them together with the model's, and plain tensors inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._aside: dict[int, Tensor] = {}  # gradients by slot
 
     def on_mesh(self, mesh: DeviceMesh) -> None:
         """Make every plain parameter a replicated DTensor on ``mesh``."""
@@ -120,8 +127,40 @@ class TrainableModules(nn.ModuleDict):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
-    def mean_gradients(self, mesh: ModelMesh) -> None:
-        """Mean of the gradients over the data axes, in one message. A no-op for ranks that agree already."""
+    def kept_apart(self) -> list[Tensor]:
+        """The parameters for an edit of rows that a rank has for itself: what they get there is no other rank's."""
+        if any(_unreduced(owner._parameters[name]) is None for owner, name in _slots(self)):
+            raise EditError(
+                "trainable modules that an engine has sharded cannot be used on rows that are tokens at experts"
+            )
+        return [_SetAside.apply(t, self._aside, i) for i, t in enumerate(self.trainable_tensors())]
+
+    def _bring_back(self, mesh: ModelMesh) -> None:
+        """What was set aside, summed over the tensor axes; a rank that had no rows has zeros. Collective."""
+        slots = [owner._parameters[name] for owner, name in _slots(self)]
+        if not slots:
+            return
+        marks = [(p.grad is not None) + 2 * (i in self._aside) for i, p in enumerate(slots)]  # type: ignore[union-attr]
+        seen = [max(m & 1 for m in all_) + 2 * max(m >> 1 for m in all_) for all_ in _over_ranks(marks, mesh, slots)]
+        for p, mark in zip(slots, seen, strict=True):
+            if mark and p.grad is None:  # type: ignore[union-attr]
+                p.grad = torch.zeros_like(p)  # type: ignore[arg-type,union-attr]
+        kept, self._aside = dict(self._aside), {}
+        for i in (i for i, mark in enumerate(seen) if mark & 2):
+            mine = _plain(slots[i])
+            part = kept.get(i, torch.zeros_like(mine)).contiguous()
+            for axis in (a for a, x in enumerate(mesh.axes) if x.kind == "tensor"):
+                dist.all_reduce(part, group=mesh.group(axis))
+            if (grad := _unreduced(slots[i].grad)) is not None:  # type: ignore[union-attr]
+                grad += part
+
+    def mean_gradients(self, mesh: ModelMesh, *, uneven: bool = False) -> None:
+        """Mean of the gradients over the data axes, in one message. A no-op for ranks that agree already.
+
+        ``uneven``: edits may have run on rows that are a rank's own, and on some ranks not at all.
+        """
+        if uneven and len(self):
+            self._bring_back(mesh)
         data = [i for i, a in enumerate(mesh.axes) if a.kind == "data"]
         grads = [local for p in self.parameters() if (local := _unreduced(p.grad)) is not None]
         if not data or not grads or not mesh.mean:
@@ -145,6 +184,26 @@ def _unflatten(flat: Tensor, grads: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view(grad.shape))
+
+
+class _SetAside(torch.autograd.Function):
+    """A parameter as it is; its gradient is added up in ``kept`` instead."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, kept: dict[int, Tensor], slot: int) -> Tensor:
+        ctx.kept, ctx.slot = kept, slot
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        before = ctx.kept.get(ctx.slot)
+        ctx.kept[ctx.slot] = grad.clone() if before is None else before + grad
+        return torch.zeros_like(grad), None, None
+
+
+def _over_ranks(marks: list[int], mesh: ModelMesh, like: Sequence[Tensor | None]) -> list[tuple[int, ...]]:
+    """All ranks' marks, by slot."""
+    return list(zip(*all_gather_ints(marks, mesh.world, _plain(like[0]).device), strict=True))
 
 
 def _plain(parameter: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from flex_model.engines.context_parallel import ContextParallelEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
 from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_mesh
+from flex_model.engines.experts import ExpertsEngine
 from flex_model.engines.fairscale import FairscaleEngine
 from flex_model.engines.fsdp1 import FSDP1Engine
 from flex_model.engines.fsdp2 import FSDP2Engine
@@ -31,6 +32,7 @@ from flex_model.engines.replicate import ReplicateEngine
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
 from flex_model.layout.sequence import Order
 from flex_model.layout.twin import Mimic
+from flex_model.routing.rows import RowSource
 
 __all__ = ["Conductor", "Engine", "Engines", "GradientSite", "wrapped"]
 
@@ -49,6 +51,7 @@ _KNOWN: tuple[type[Engine], ...] = (
     PipeliningEngine,
     DTensorEngine,
     AccelerateEngine,
+    ExpertsEngine,
 )
 _DATA_NAMES = ("dp", "ddp", "fsdp", "hsdp", "dp_replicate", "dp_shard", "replicate", "shard", "data", "batch")
 _SEQUENCE_NAMES = ("cp", "context", "context_parallel")
@@ -106,9 +109,10 @@ class Engines:
             axes = [Axis(a.name, _kind(a.name), a.ranks, a.name in _SEQUENCE_NAMES) for a in found]
             return ModelMesh(*_on_grid(axes, [given]), timeout=timeout, mean=mean)
         axes = []
+        others = frozenset[tuple[int, ...]]().union(*(e.other_lines for e in self.found))
         for engine in self.found:
             for axis in (_beside(a, axes) for a in engine.axes):
-                if axis.size > 1 and not any(axis.ranks == a.ranks for a in axes):
+                if axis.size > 1 and axis.ranks not in others and not any(axis.ranks == a.ranks for a in axes):
                     axes.append(_named_apart(axis, axes))
         meshes = [m for e in self.found for m in e.meshes]
         return ModelMesh(*_on_grid(axes, meshes), timeout=timeout, mean=mean)
@@ -227,6 +231,11 @@ class Engines:
         with ExitStack() as stack:
             found = [stack.enter_context(engine.mimicked()) for engine in self.found]
             yield next((mimic for mimic in found if mimic is not None), None)
+
+    def row_source(self, module: nn.Module | None) -> RowSource | None:
+        """What knows the rows that ``module`` sees; None outside of mixtures of experts."""
+        sources = () if module is None else (s for e in self.found for s in e.row_sources if s.holds(module))
+        return next(iter(sources), None)
 
     def plain_class(self, module: nn.Module) -> type | None:
         return next((c for e in self.found if (c := e.plain_class(module)) is not None), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +14,7 @@ from torch.distributed.tensor.placement_types import Placement
 from flex_model.layout.mesh import Axis, AxisKind
 from flex_model.layout.sequence import Order
 from flex_model.layout.twin import Mimic
+from flex_model.routing.rows import RowSource
 
 __all__ = ["Conductor", "Engine", "GradientSite", "axes_of_mesh"]
 
@@ -214,6 +215,16 @@ class Engine:
     @classmethod
     def listen(cls, conductor: Conductor) -> None:
         """Tell ``conductor`` from now on of the steps of schedules that run stages of its model."""
+
+    @property
+    def row_sources(self) -> Sequence[RowSource]:
+        """The mixtures of experts inside which this engine knows the token and the expert of every row."""
+        return ()
+
+    @property
+    def other_lines(self) -> frozenset[tuple[int, ...]]:
+        """Lines of ranks along which parameters are sharded, and which are no axes of the model: another view of it."""
+        return frozenset()
 
     def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(owner, attribute, what holds it) of parameters that the owner itself does not have at the moment."""

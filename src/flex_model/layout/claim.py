@@ -40,6 +40,8 @@ class Evidence:
     sharding: frozenset[tuple[int, ...]] = frozenset()  # ranks along axes over which some parameter is sharded
     # split factor of a sharded dim of this full size, or why its order is unknown
     order: Callable[[int, int], int | str] = lambda dim, size: 1
+    rows: bool = False  # dim 0 is tokens at experts, as many as it happens to be
+    parted: tuple[int, ...] = ()  # the axes along which ranks hold rows of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Claim:
     global_shape: tuple[int | None, ...] = ()
     late: tuple[int, ...] = ()
     refusal: str = ""
+    parted: tuple[int, ...] = ()
 
 
 class _Refusal(Exception):
@@ -70,9 +73,10 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
     full: tuple[int | None, ...] = tuple(None for _ in shape)
     if evidence.twin is not None and len(evidence.twin) == len(shape):
         grow = [found.dim for found in (evidence.batch, evidence.sequence) if found is not None]
-        full = tuple(None if d in grow else s for d, s in enumerate(evidence.twin))
+        open_dims = {*grow, *([0] if evidence.rows else [])}
+        full = tuple(None if d in open_dims else s for d, s in enumerate(evidence.twin))
     late = tuple(i for i in evidence.late if isinstance(placements[i], Replicate))
-    return Claim(evidence.where, shape, mark, placements, sources, full, late=late)
+    return Claim(evidence.where, shape, mark, placements, sources, full, late=late, parted=evidence.parted)
 
 
 def _placements(
@@ -128,7 +132,7 @@ def _tensor_placements(
     shape: tuple[int, ...], evidence: Evidence, mesh: ModelMesh, axes: Sequence[int], batch_dim: int | None
 ) -> dict[int, tuple[Placement, str]]:
     full, word = _full_shape(shape, evidence)
-    grown = [d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a != b]
+    grown = [d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a != b and not (evidence.rows and d == 0)]
     if not grown:
         return {i: (Replicate(), word) for i in axes}
     if len(grown) > 1:

@@ -67,7 +67,8 @@ class Layout:
 
     ``ragged`` names the axes whose shard sizes differ or may differ from call to call, so that they travel with the
     value. ``shape`` is the global shape at the moment of inference; it changes with batch and sequence. ``late`` names
-    axes along which the value is the same, and its gradient on each rank only a part of the sum.
+    axes along which the value is the same, and its gradient on each rank only a part of the sum. ``parted`` are
+    the axes along which each rank's rows stay a part for itself, because they are tokens at its experts.
     """
 
     placements: tuple[Placement, ...]
@@ -76,6 +77,7 @@ class Layout:
     ragged: tuple[bool, ...] = ()
     proven: bool = True
     late: tuple[int, ...] = ()
+    parted: tuple[int, ...] = ()
 
     @property
     def sharded_axes(self) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from flex_model.layout.record import Key, Watched, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
-__all__ = ["Opaque", "Twin", "TwinShapes"]
+__all__ = ["GlobalShapes", "Opaque", "Twin", "TwinShapes", "global_shapes"]
 
 aten = torch.ops.aten
 Shapes = dict[Key, list[tuple[int, ...]]]
@@ -185,9 +185,22 @@ class _AsItIs:
         return tuple(shape)
 
 
+GlobalShapes = dict[tuple[int, str], tuple[int, ...]]
+
+
+def global_shapes(model: nn.Module) -> GlobalShapes:
+    """{(id of a module, parameter): global shape} while parameters say it: within a forward engines may put local
+    tensors in their places."""
+    found = ((id(m), n, sharding(p)) for m in model.modules() for n, p in m._parameters.items() if p is not None)
+    return {(module, name): tuple(spec.shape) for module, name, spec in found if spec is not None}
+
+
 @contextmanager
 def _stripped(
-    model: nn.Module, engines: Wholeness | _AsItIs, kept: Collection[tuple[int, ...]]
+    model: nn.Module,
+    engines: Wholeness | _AsItIs,
+    kept: Collection[tuple[int, ...]],
+    known: GlobalShapes | None = None,
 ) -> Iterator[dict[int, Any]]:
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
@@ -209,12 +222,15 @@ def _stripped(
             if plain is not None:
                 object.__setattr__(module, "__class__", plain)
         memo.update(engines.stand_ins())
+        known = known or {}
+        said = {id(p): known.get((id(m), n)) for m in model.modules() for n, p in m._parameters.items()}
         for tensor in (*model.parameters(), *model.buffers()):
             is_parameter = isinstance(tensor, nn.Parameter)
             if not is_parameter and not tensor.is_floating_point():
                 continue
             spec = sharding(tensor)  # it knows the global shape
-            full = engines.full_shape(tensor) or tuple(tensor.shape if spec is None else spec.shape)
+            found = tuple(tensor.shape if spec is None else spec.shape)
+            full = engines.full_shape(tensor) or (said.get(id(tensor)) if spec is None else None) or found
             blank = torch.empty(full, dtype=tensor.dtype, device="meta")
             memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
         yield memo
@@ -248,11 +264,16 @@ class Twin:
     """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
 
     def __init__(
-        self, model: nn.Module, engines: Wholeness, dim: int = 0, kept: Collection[tuple[int, ...]] = ()
+        self,
+        model: nn.Module,
+        engines: Wholeness,
+        known: GlobalShapes,
+        dim: int = 0,
+        kept: Collection[tuple[int, ...]] = (),
     ) -> None:
         """``dim`` is where the model's inputs hold the batch. ``kept``: ranks whose groups the copy knows as the model
         does, as on axes that part the sequence."""
-        self._model, self._engines, self._dim, self._kept = model, engines, dim, kept
+        self._model, self._engines, self._known, self._dim, self._kept = model, engines, known, dim, kept
 
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Watched) -> TwinShapes:
         """``names`` are the watched sides of modules of the real model by clean name."""
@@ -269,7 +290,7 @@ class Twin:
         return out
 
     def _whole(self, inputs: Any, names: Watched, trace: Trace | None = None) -> _Run:
-        with _stripped(self._model, self._engines, self._kept) as memo:
+        with _stripped(self._model, self._engines, self._kept, self._known) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
         with self._engines.alone():

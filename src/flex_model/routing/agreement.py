@@ -9,14 +9,13 @@ exchanged only where ranks disagree, so that the error can name them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
@@ -25,7 +24,7 @@ from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.values import ROW, mark
 from flex_model.routing.collectives import all_gather_objects, extremes
 
-__all__ = ["settle"]
+__all__ = ["settle", "settle_alone"]
 
 Key = TypeVar("Key")
 Shape = tuple[int, ...]
@@ -56,7 +55,7 @@ def settle(claims: Mapping[Key, Claim], mesh: ModelMesh, device: torch.device) -
     shared = _shared(claims, mesh, device, found)
     if not shared:
         return found
-    sites = {key: _Site(claims[key], list(claims[key].shape)) for key in shared}
+    sites = {key: _Site(claim, list(claim.shape)) for key, claim in shared.items()}
     for axis in reversed(range(len(mesh.axes))):
         _check_axis(axis, list(sites.values()), mesh, device)
     _tell(sites, mesh, device, found)
@@ -66,48 +65,76 @@ def settle(claims: Mapping[Key, Claim], mesh: ModelMesh, device: torch.device) -
 # -- the same claims -------------------------------------------------------------------------------------------
 def _shared(
     claims: Mapping[Key, Claim], mesh: ModelMesh, device: torch.device, found: dict[Key, Layout | LayoutError]
-) -> list[Key]:
-    """The values that all ranks claim alike; what is refused goes to ``found``."""
+) -> dict[Key, Claim]:
+    """What all ranks claim alike; what is refused goes to ``found``."""
     said = [
-        (key, c.placements, c.late, len(c.shape), c.refusal, c.shape if c.refusal else ()) for key, c in claims.items()
+        (key, c.placements, c.late, c.parted, len(c.shape), c.refusal, c.shape if c.refusal else ())
+        for key, c in claims.items()
     ]
     low, high = extremes(torch.tensor([mark(said)]), mesh.world, device)
     if torch.equal(low, high):
         for key, c in claims.items():
             if c.refusal:
                 found[key] = _error(c.where, f"{c.refusal} (every rank)", [c.shape] * mesh.size, mesh)
-        return [key for key in claims if key not in found]
-    everyone = all_gather_objects(
-        {key: (c.where, c.shape, c.placements, c.refusal) for key, c in claims.items()}, mesh.world
-    )
-    union = sorted({key for theirs in everyone for key in theirs}, key=repr)
-    for key in union:
-        error = _difference([theirs.get(key) for theirs in everyone], mesh)
+        return {key: c for key, c in claims.items() if key not in found}
+    # of samples only those are told that another rank may have to stand in with
+    told = {key: c if c.parted else replace(c, digest=None) for key, c in claims.items()}
+    everyone = all_gather_objects(told, mesh.world)
+    shared: dict[Key, Claim] = {}
+    for key in sorted({key for theirs in everyone for key in theirs}, key=repr):
+        made = [theirs.get(key) for theirs in everyone]
+        one = next(c for c in made if c is not None)
+        if one.parted:
+            made = [c or _no_rows(one) for c in made]
+        error = _difference(made, mesh)
         if error is not None:
             found[key] = error
-    return [key for key in union if key not in found]
+        else:
+            shared[key] = claims[key] if key in claims else _no_rows(one)
+    return shared
 
 
-Said = tuple[str, Shape, tuple[Placement, ...], str]
+def _no_rows(other: Claim) -> Claim:
+    """The claim of a rank that had no rows at experts to claim with."""
+    shape = (0, *other.shape[1:])
+    return replace(other, shape=shape, digest=replace(other.digest, shape=shape))
 
 
-def _difference(everyone: Sequence[Said | None], mesh: ModelMesh) -> LayoutError | None:
+def _difference(everyone: Sequence[Claim | None], mesh: ModelMesh) -> LayoutError | None:
     """Why what the ranks claim of a value does not go together."""
-    made = [said for said in everyone if said is not None]
-    where, first, placements, _ = made[0]
-    shapes = [None if said is None else said[1] for said in everyone]
+    made = [c for c in everyone if c is not None]
+    first = made[0]
+    where, shapes = first.where, [None if c is None else c.shape for c in everyone]
     if len(made) != len(everyone):
-        absent = [mesh.ranks[i] for i, said in enumerate(everyone) if said is None]
+        absent = [mesh.ranks[i] for i, c in enumerate(everyone) if c is None]
         return _error(where, f"it fired on some ranks but not on ranks {absent}", shapes, mesh)
-    for rank, said in zip(mesh.ranks, made, strict=True):
-        if said[3]:
-            return _error(where, f"{said[3]} (rank {rank})", shapes, mesh)
-    if any(said[2] != placements for said in made):
-        seen = sorted({str(list(said[2])) for said in made})
+    for rank, c in zip(mesh.ranks, made, strict=True):
+        if c.refusal:
+            return _error(where, f"{c.refusal} (rank {rank})", shapes, mesh)
+    if any(c.placements != first.placements for c in made):
+        seen = sorted({str(list(c.placements)) for c in made})
         return _error(where, f"ranks found different placements: {' and '.join(seen)}", shapes, mesh)
-    if any(len(said[1]) != len(first) for said in made):
+    if any(len(c.shape) != len(first.shape) for c in made):
         return _error(where, "ranks hold different numbers of dims", shapes, mesh)
     return None
+
+
+def settle_alone(one: Claim, mesh: ModelMesh) -> Layout | LayoutError:
+    """The layout of rows at experts by this rank's claim alone: other ranks may have none of them to claim with."""
+    if one.refusal:
+        shapes = [one.shape if rank == mesh.rank else None for rank in mesh.ranks]
+        return _error(one.where, one.refusal, shapes, mesh)
+    dims = [shard_dim(p) for p in one.placements]
+    sizes = [None if d is None or not one.global_shape else one.global_shape[d] for d in dims]
+    ragged = tuple(
+        d is not None and (i in one.parted or s != one.shape[d] * mesh.axes[i].size)
+        for i, (d, s) in enumerate(zip(dims, sizes, strict=True))
+    )
+    return Layout(one.placements, _evidence(one, mesh), one.shape, ragged, parted=one.parted)
+
+
+def _evidence(claim: Claim, mesh: ModelMesh) -> str:
+    return "; ".join(f"{n}: {s}" for n, s in zip(mesh.names, claim.sources, strict=True))
 
 
 # -- axis by axis ----------------------------------------------------------------------------------------------
@@ -147,11 +174,19 @@ def _check_replicas(axis: int, sites: Sequence[_Site], low: Tensor, high: Tensor
 
 def _add_up(axis: int, site: _Site, total: int, uneven: bool, mesh: ModelMesh) -> None:
     dim, placements = _dim(site, axis), site.claim.placements
-    site.ragged[axis] = uneven or mesh.axes[axis].kind == "data"
+    parted = axis in site.claim.parted
+    site.ragged[axis] = uneven or mesh.axes[axis].kind == "data" or parted
     site.shape[dim] = total
     want = site.claim.global_shape[dim]
     alone = all(shard_dim(p) != dim for i, p in enumerate(placements) if i != axis)
-    if mesh.axes[axis].kind == "tensor" and want is not None and alone and total != want and not site.problem:
+    if (
+        mesh.axes[axis].kind == "tensor"
+        and not parted
+        and want is not None
+        and alone
+        and total != want
+        and not site.problem
+    ):
         site.problem = f"the sizes along {mesh.names[axis]!r} add up to {total} on dim {dim}, not to {want}"
 
 
@@ -170,9 +205,16 @@ def _tell(
             found[key] = _error(sites[key].claim.where, problem, [theirs[i][0] for theirs in everyone], mesh)
     for (key, site), (_, unproven, *ragged) in zip(sites.items(), flags, strict=True):
         if key not in found:
-            claim = site.claim
-            evidence = "; ".join(f"{n}: {s}" for n, s in zip(mesh.names, claim.sources, strict=True))
-            found[key] = Layout(claim.placements, evidence, tuple(site.shape), tuple(ragged), not unproven, claim.late)
+            claim, shape = site.claim, tuple(site.shape)
+            found[key] = Layout(
+                claim.placements,
+                _evidence(claim, mesh),
+                shape,
+                tuple(ragged),
+                not unproven,
+                late=claim.late,
+                parted=claim.parted,
+            )
 
 
 def _error(where: str, reason: str, shapes: Sequence[Shape | None], mesh: ModelMesh) -> LayoutError:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -27,10 +28,23 @@ class Parts:
 
     >>> Parts((torch.ones(2, 3), torch.ones(2, 4)), ({"dp": 0}, {"dp": 1}))[1].shape
     torch.Size([2, 4])
+
+    Where rows are tokens at experts, ``tokens`` and ``experts`` hold one index tensor a part: which token of the whole
+    batch each row is, and which expert it is at. To bring them back into the order of the batch, summed over experts:
+
+    >>> parts = Parts((torch.ones(2, 3), torch.ones(1, 3)), ({"dp": 0}, {"dp": 1}),
+    ...               (torch.tensor([0, 1]), torch.tensor([1])), (torch.tensor([0, 0]), torch.tensor([3])))
+    >>> whole = torch.zeros(2, 3)
+    >>> for rows, tokens in zip(parts.tensors, parts.tokens):
+    ...     whole.index_add_(0, tokens, rows)[:, 0].tolist()
+    [1.0, 1.0]
+    [1.0, 2.0]
     """
 
     tensors: tuple[Tensor, ...]
     coordinates: tuple[dict[str, int], ...]
+    tokens: tuple[Tensor, ...] = ()
+    experts: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -91,15 +105,26 @@ def merge(parts: Sequence[Tensor], placement: Placement) -> Tensor:
 def assemble(parts: Mapping[int, Tensor], layout: Layout, mesh: ModelMesh) -> Tensor | Parts:
     """The full tensor from the owners' parts, or ``Parts`` where they make no rectangle."""
 
-    def build(prefix: tuple[int, ...]) -> Tensor:
+    def build(prefix: tuple[int, ...], part: Mapping[int, int] = MappingProxyType({})) -> Tensor:
         axis = len(prefix)
         if axis == len(mesh.axes):
             return parts[mesh.group_rank(prefix)]
         placement = layout.placements[axis]
+        if axis in part:
+            return build((*prefix, part[axis]), part)
         if isinstance(placement, Replicate):
-            return build((*prefix, mesh.home[axis]))
-        return merge([build((*prefix, i)) for i in range(mesh.axes[axis].size)], placement)
+            return build((*prefix, mesh.home[axis]), part)
+        return merge([build((*prefix, i), part) for i in range(mesh.axes[axis].size)], placement)
 
+    if layout.parted:
+        places = [
+            dict(zip(layout.parted, c, strict=True))
+            for c in product(*(range(mesh.axes[i].size) for i in layout.parted))
+        ]
+        return Parts(
+            tuple(build((), place) for place in places),
+            tuple({mesh.names[i]: at for i, at in place.items()} for place in places),
+        )
     try:
         return build(())
     except NoRectangle:

@@ -7,10 +7,10 @@ of distinct shards only, several small values in one message. Replicated values 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,15 @@ Deliver = Literal["main", "all", "local"]
 _BUCKET = 16 * 2**20  # bytes; values up to this size travel together
 
 
+class Beside(Protocol):
+    """What identifies a value's rows, on its way beside the value."""
+
+    item: Item
+
+    def join(self, value: Tensor | Parts) -> Any:
+        """The value with what it is."""
+
+
 @dataclass(slots=True)
 class Item:
     """One value on its way. ``put`` receives the full tensor (or Parts) on the ranks it is delivered to."""
@@ -38,19 +47,24 @@ class Item:
     local: Tensor
     layout: Layout
     mode: Deliver
-    put: Callable[[Tensor | Parts], None]
+    put: Callable[[Any], None]
     scale: float = 1.0  # the full value is divided by this: gradients that an engine means over data axes
     finish: Callable[[Tensor], Tensor] | None = None  # what is left of a selection once the value is whole
     check: Callable[[tuple[int, ...]], str] | None = None  # what is wrong with the full shape
     label: Any = None  # what it is, for whoever passes it on
+    beside: Beside | None = None  # what identifies its rows, and travels with it
     shapes: Shapes | None = None
     full: Tensor | Parts | None = None  # here, once it has arrived
 
     def complete(self, full: Tensor | Parts) -> None:
-        if isinstance(full, Tensor):
-            full = full / self.scale if self.scale != 1 else full
-            full = self.finish(full) if self.finish is not None else full
-        self.full = full
+        if isinstance(full, Parts):
+            self.full = replace(full, tensors=tuple(self._completed(t) for t in full.tensors))
+        else:
+            self.full = self._completed(full)
+
+    def _completed(self, full: Tensor) -> Tensor:
+        full = full / self.scale if self.scale != 1 else full
+        return self.finish(full) if self.finish is not None else full
 
 
 class Buffers:
@@ -86,6 +100,7 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
 
     Raises ShapeError, on every rank and before anything is delivered, where a full shape is not the expected one.
     """
+    items = [*(i.beside.item for i in items if i.beside is not None), *items]
     moving = [i for i in items if i.layout.moving_axes]
     asked = [i for i in moving if any(i.layout.ragged)]
     if asked:
@@ -111,7 +126,7 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
             _to_all(bucket, mesh, buffers) if axes is None else _along_lines(bucket, axes, mesh, buffers)
     for item in items:  # in the order of the calls, whatever moved first
         if item.full is not None:
-            item.put(item.full)
+            item.put(item.full if item.beside is None else item.beside.join(item.full))
 
 
 def exchange_shapes(mine: Sequence[tuple[int, ...]], mesh: ModelMesh, device: torch.device) -> list[Shapes]:
@@ -214,7 +229,7 @@ def _lines(item: Item, mesh: ModelMesh) -> tuple[int, ...] | None:
     """
     assert item.shapes is not None
     axes = item.layout.moving_axes
-    return axes if item.shapes.even and len(axes) < len(mesh.axes) else None
+    return axes if item.shapes.even and not item.layout.parted and len(axes) < len(mesh.axes) else None
 
 
 def _along_lines(bucket: Sequence[Item], axes: Sequence[int], mesh: ModelMesh, buffers: Buffers) -> None:
@@ -236,10 +251,13 @@ def _along_lines(bucket: Sequence[Item], axes: Sequence[int], mesh: ModelMesh, b
         item.complete(value)
 
 
-def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor:
-    """This rank's shard as a DTensor of the global shape; nothing moves but zig-zag chunks, to contiguous order."""
+def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
+    """This rank's shard as a DTensor of the global shape, or its own part; nothing moves but zig-zag chunks, to
+    contiguous order."""
     if not mesh.axes:
         return item.local
+    if item.layout.parted:
+        return Parts((item.local,), ({mesh.names[i]: mesh.coordinate[i] for i in item.layout.parted},))
     shape = _full_shape(item, mesh)
     return DTensor.from_local(
         straighten(item.local, item.layout, mesh),

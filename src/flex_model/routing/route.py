@@ -130,7 +130,7 @@ def with_part_of_gradient(x: Tensor, mesh: ModelMesh, layout: Layout) -> Tensor:
 class Route:
     """The way of one value at one call. ``even_axes`` are known to hold equal shapes, so that nothing is asked.
 
-    ``own_part`` names data axes that stay local because their ranks' shapes make no rectangle together.
+    ``own_part`` names axes that stay local: their ranks' shapes make no rectangle, or rows are parts by nature.
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class Route:
     ) -> None:
         self.mesh, self.layout = mesh, layout
         wanted = [i for i in layout.moving_axes if axes is None or i in axes]
-        self.own_part: list[int] = []
+        self.own_part: list[int] = [i for i in wanted if i in layout.parted]
         self._steps: list[_Step] = []  # innermost axis first
         shape = tuple(local.shape)
-        for axis in reversed(wanted):
+        for axis in reversed([i for i in wanted if i not in layout.parted]):
             step = self._step(axis, shape, local, even_axes)
             if step is None:
                 self.own_part.append(axis)
