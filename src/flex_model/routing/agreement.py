@@ -21,13 +21,14 @@ from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.layout.values import ROW, mark
+from flex_model.layout.values import ROW, Digest, mark
 from flex_model.routing.collectives import all_gather_objects, extremes
 
 __all__ = ["settle", "settle_alone"]
 
 Key = TypeVar("Key")
 Shape = tuple[int, ...]
+_UNSAID = Digest((), "", torch.empty(0, dtype=torch.double), 0.0, 0.0)
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ def _shared(
                 found[key] = _error(c.where, f"{c.refusal} (every rank)", [c.shape] * mesh.size, mesh)
         return {key: c for key, c in claims.items() if key not in found}
     # of samples only those are told that another rank may have to stand in with
-    told = {key: c if c.parted else replace(c, digest=None) for key, c in claims.items()}
+    told = {key: c if c.parted else replace(c, digest=_UNSAID) for key, c in claims.items()}
     everyone = all_gather_objects(told, mesh.world)
     shared: dict[Key, Claim] = {}
     for key in sorted({key for theirs in everyone for key in theirs}, key=repr):
