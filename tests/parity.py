@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from oracle import Count, own_experts, plain_hooks, relative_error
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from flex_model import FlexModel, Site
@@ -31,6 +32,7 @@ def compare(
     types: Sequence[str] = TYPES,
     tolerance: float = 1e-5,
     deliver: str = "all",
+    mesh: DeviceMesh | None = None,
     rows: bool = False,
 ) -> Count:
     """``run`` makes the local loss on the engine's model, ``run_plain`` the oracle's loss on the plain one.
@@ -43,7 +45,7 @@ def compare(
     with own_experts(plain) as ids:
         by_row = plain_hooks(plain, run_plain, backward=backward) if rows else {}
     inside = {n: ids[m] for n, _ in plain.named_modules() for m in ids if n.startswith(f"{m}.")}
-    fm = FlexModel(model)
+    fm = FlexModel(model, mesh=mesh)
     names = [n for n in fm.wrapped_module_names if any((n, t, 0) in want for t in types)]
     count = Count()
     with ExitStack() as stack:

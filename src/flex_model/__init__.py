@@ -3,7 +3,7 @@
 from flex_model import edits
 from flex_model.core import Call, DummyModule, FlexModel, HookFunction, Site
 from flex_model.errors import FlexModelError
-from flex_model.layout.layout import Layout
+from flex_model.layout.layout import Layout, ZigZag
 
 __version__ = "0.2.0"
-__all__ = ["Call", "DummyModule", "FlexModel", "FlexModelError", "HookFunction", "Layout", "Site", "edits"]
+__all__ = ["Call", "DummyModule", "FlexModel", "FlexModelError", "HookFunction", "Layout", "Site", "ZigZag", "edits"]

@@ -27,6 +27,7 @@ from flex_model.routing.route import (
     with_part_of_gradient,
     with_whole_gradient,
 )
+from flex_model.routing.straight import straight_layout, straighten, unstraighten
 
 __all__ = ["EditContext", "check_answer", "refuse_write", "run_edit", "seeded"]
 
@@ -193,11 +194,11 @@ def _sharded(bound: Bound, context: EditContext, local: Tensor, layout: Layout, 
     route = Route(mesh, layout, local, even_axes=context.even_axes)
     device_mesh = mesh.device_mesh(local.device.type)
     scale = gradient_scale(mesh, layout, range(len(mesh.axes)))
-    shape = torch.Size(route.full_shape)
+    shape, placements = torch.Size(route.full_shape), straight_layout(layout).placements
     value = DTensor.from_local(
-        scale_gradient(local, scale),
+        straighten(scale_gradient(local, scale), layout, mesh),
         device_mesh,
-        layout.placements,
+        placements,
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
@@ -208,9 +209,9 @@ def _sharded(bound: Bound, context: EditContext, local: Tensor, layout: Layout, 
         return None, None
     if not isinstance(out, DTensor):
         raise EditError(f"{bound.where}: an edit with run='sharded' must return a DTensor, got {type(out).__name__}.")
-    if out.placements != layout.placements:
-        out = out.redistribute(placements=layout.placements)
-    back = out.to_local()
+    if out.placements != placements:
+        out = out.redistribute(placements=placements)
+    back = unstraighten(out.to_local(), layout, mesh)
     return scale_gradient(back, 1 / scale), None
 
 

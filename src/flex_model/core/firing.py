@@ -19,7 +19,7 @@ from flex_model.core.local import like, plain
 from flex_model.core.ragged import gathered, give, identified, refusal, whole_experts
 from flex_model.errors import EditError, LayoutError, ShapeError
 from flex_model.layout.layout import Layout
-from flex_model.routing.collectives import all_gather_ints
+from flex_model.routing.collectives import extremes
 from flex_model.routing.delivery import to_host
 from flex_model.routing.one_rank import tie
 from flex_model.routing.route import Route, with_part_of_gradient, with_whole_gradient
@@ -269,7 +269,7 @@ def _even_axes(runtime: Runtime, layout: Layout, call: ActiveCall) -> frozenset[
     if not any(mesh.axes[i].kind == "data" and i not in layout.parted for i in layout.sharded_axes):
         return frozenset()
     if call.even_axes is None:
-        rows = all_gather_ints([call.shapes_mark()], mesh.world, runtime.device_of_values)
-        equal = len({r[0] for r in rows}) == 1
+        low, high = extremes(torch.tensor([call.shapes_mark()]), mesh.world, runtime.device_of_values)
+        equal = torch.equal(low, high)
         call.even_axes = frozenset(range(len(mesh.axes))) if equal else frozenset()
     return call.even_axes

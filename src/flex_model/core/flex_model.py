@@ -85,7 +85,6 @@ class FlexModel(nn.Module):
         self.trainable_modules = runtime.modules
         self.output_ptr: dict[Any, Any] = {} if output_ptr is None else output_ptr
         self._runtime = runtime
-        runtime.wrapped_by(self)
         self._deliver: Deliver = deliver
         self._sink = OutputSink(self.output_ptr)
         self._chosen: tuple[str | Sequence[str], bool] = (ALL, False)
@@ -93,6 +92,7 @@ class FlexModel(nn.Module):
         self.training = module.training
         # a class of its own, because trainers read the signature off the class, too
         self.__class__ = with_signature_of(module, type(self))  # type: ignore[assignment]
+        runtime.wrapped_by(self)
         self._register_state_dict_hook(plain_keys)
         self.register_load_state_dict_pre_hook(wrapped_keys)
 

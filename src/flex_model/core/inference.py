@@ -9,24 +9,26 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
 from flex_model.engines import Engines
 from flex_model.engines.engine import axes_of_mesh
 from flex_model.errors import LayoutError
-from flex_model.layout.claim import Claim, Evidence, agree, agree_alone, claim
-from flex_model.layout.layout import Layout, shard_dim
+from flex_model.layout.claim import Claim, Evidence, claim
+from flex_model.layout.layout import Layout, on_dim, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.layout.probe import BatchDim, probe_batch
-from flex_model.layout.record import Key, input_kind
+from flex_model.layout.probe import BATCH, SEQUENCE, Along, BatchDim, probe
+from flex_model.layout.record import Key, Watched, input_kind
+from flex_model.layout.sequence import Order, order_by_positions
 from flex_model.layout.twin import GlobalShapes, Twin, TwinShapes, global_shapes
-from flex_model.routing.collectives import all_gather_objects
-from flex_model.trees import copy_tree
+from flex_model.routing.agreement import settle, settle_alone
+from flex_model.trees import Leaf, copy_tree, input_leaves
 
 __all__ = ["Form", "Inference", "Spot", "placements_on"]
 
@@ -67,30 +69,43 @@ class Inference:
         self._common: dict[Form, Layout | LayoutError | None] = {}  # of a place; None where its firings differ
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._entered = False  # through a module of the engine's
-        self._watched: dict[str, nn.Module] = {}
+        self._watched: Watched = {}
         self._twin: TwinShapes | None = None
+        self._found: dict[str, dict[Key, list[BatchDim]] | str] = {}  # what probes saw, or why they could not
         self._shapes: GlobalShapes = {}
-        self._batch: dict[Key, list[BatchDim]] | None = None
-        self._batch_failure = ""
         self._probed: set[tuple[Any, ...]] = set()
-        self._probes = bool(engines.parts) or any(a.kind == "data" for a in mesh.axes)
+        self._probes = [SEQUENCE] if any(a.sequence for a in mesh.axes) else []
+        if engines.parts or any(a.kind == "data" and not a.sequence for a in mesh.axes):
+            self._probes.append(BATCH)
+        self._order: Order | str = ""  # of the sequence over its axis, in this call
         self._batch_dims: dict[Form, BatchDim] = {}  # of a pipeline's values, whatever the grad mode
-        self._kinds: dict[tuple[Any, ...], int] = {}
+        self._kinds: dict[Any, int] = {}
         self._kind = 0
         self._occurrence: Counter[tuple[str, str]] = Counter()
+        first = next((p for root in roots for p in root.parameters()), None)
+        self._device = torch.device("cpu" if first is None else first.device.type)  # ranks talk through it
         self._trivial = Layout(tuple(Replicate() for _ in mesh.axes), "one process")
 
     # -- a call ------------------------------------------------------------------------------------------------
-    def new_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def new_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._occurrence:
             self._occurrence.clear()
         if self._probes:
-            kind = input_kind((args, kwargs))
+            self._order = self.order(input_leaves(module, args, kwargs)) if SEQUENCE in self._probes else ""
+            kind = (input_kind((args, kwargs)), str(self._order))
             self._kind = self._kinds.setdefault(kind, len(self._kinds))
+
+    def order(self, inputs: Sequence[Leaf]) -> Order | str:
+        """How the ranks of the sequence's axis share it, by the engine or by positions; or why that is unknown."""
+        axes = [i for i, a in enumerate(self.mesh.axes) if a.sequence]
+        if len(axes) != 1:
+            return f"the mesh has {len(axes)} axes for it"
+        stated = self.engines.sequence_order
+        return stated or order_by_positions(inputs, self.mesh.axes[axes[0]].size, self.mesh.coordinate[axes[0]])
 
     def lacks(self, wanted: Mapping[tuple[Any, ...], nn.Module]) -> bool:
         """Whether a wanted value (name, side, index) has never been looked for in a call of this kind."""
-        return (self._probes or bool(self.mesh.axes)) and any((self._kind, *key) not in self._probed for key in wanted)
+        return bool(self._probes or self.mesh.axes) and any((self._kind, *key) not in self._probed for key in wanted)
 
     def begin(
         self,
@@ -105,27 +120,29 @@ class Inference:
         if not fresh:
             return
         self._probed |= {(self._kind, *key) for key in fresh}
-        self._watched = {key[0]: m for key, m in fresh.items()}
+        self._watched = {key[:2]: m for key, m in fresh.items()}
         called, args, kwargs = self.engines.entry(module, args, kwargs)
         self._entered = called is not module
         self._inputs = (called, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
-        self._twin = self._batch = None
+        self._twin, self._found = None, {}
         self._shapes = global_shapes(module)
-        if self._probes:
-            self._probe()
+        for along in self._probes:
+            self._probe(along)
 
-    def _probe(self) -> None:
+    def _probe(self, along: Along) -> None:
         assert self._inputs is not None
         module, args, kwargs = self._inputs
         try:
             dim = self.engines.batch_dim(module, (args, kwargs))
-            self._batch = probe_batch(module, args, kwargs, self._watched, dim)
+            self._found[along.word] = probe(module, args, kwargs, self._watched, along, dim)
         except Exception as error:
-            self._batch, self._batch_failure = {}, f"{type(error).__name__}: {str(error)[:200]}"
-            logger.info("the batch could not be probed: %s", self._batch_failure)
+            failure = f"the {along.word} could not be probed ({type(error).__name__}: {str(error)[:200]})"
+            self._found[along.word] = failure
+            logger.info("%s", failure)
 
     def end(self) -> None:
-        self._inputs = self._twin = self._batch = None
+        self._inputs = self._twin = None
+        self._found = {}
 
     def passes(self, name: str, side: str) -> int:
         """Which firing of this side of the module it is within the call."""
@@ -176,7 +193,10 @@ class Inference:
         evidence = Evidence(
             where=where,
             stated=stated,
-            batch=self._batch_dim(key, spot.index),
+            batch=self._probed_dim(BATCH, key, spot.index),
+            sequence=self._probed_dim(SEQUENCE, key, spot.index),
+            sequence_order=self._order,
+            sharding=self._sharding,
             expected_shape=expected,
             unknown=""
             if len(spot.override) == len(self.mesh.axes)
@@ -209,6 +229,10 @@ class Inference:
         ruled = self.engines.placements(module, spot.side, spot.index, dims)
         return {mine[line]: (_positive(p, dims), "the engine's rule") for line, p in ruled.items() if line in mine}
 
+    @cached_property
+    def _sharding(self) -> frozenset[tuple[int, ...]]:
+        return self.engines.sharding
+
     def _on_axes(self, lines: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
         mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
         return tuple(mine[line] for line in lines if line in mine)
@@ -228,7 +252,8 @@ class Inference:
             if roots:
                 args, kwargs = self.engines.stage_inputs(args, kwargs)
             dim = self.engines.batch_dim(inside, (args, kwargs))
-            self._twin = Twin(inside, self.engines, self._shapes, dim).shapes(args, kwargs, self._watched)
+            kept = {a.ranks for a in self.mesh.axes if a.sequence}
+            self._twin = Twin(inside, self.engines, self._shapes, dim, kept).shapes(args, kwargs, self._watched)
         once, twice = self._twin.once.get(key), self._twin.twice.get(key)
         if once is None or twice is None:
             once = twice = None
@@ -241,13 +266,12 @@ class Inference:
     def _disorder(self, key: Key, index: int) -> str | None:
         return None if self._twin is None else self._twin.disordered.get((key, index))
 
-    def _batch_dim(self, key: Key, index: int) -> BatchDim | None:
-        if self._batch is None:
-            return None
-        if self._batch_failure and not self._batch:
-            return BatchDim(refusal=f"the batch could not be probed ({self._batch_failure})")
-        found = self._batch.get(key)
-        return found[index] if found is not None and index < len(found) else None
+    def _probed_dim(self, along: Along, key: Key, index: int) -> BatchDim | None:
+        found = self._found.get(along.word)
+        if isinstance(found, str):
+            return BatchDim(refusal=found)
+        dims = None if found is None else found.get(key)
+        return dims[index] if dims is not None and index < len(dims) else None
 
     def batch_of(self, form: Form) -> BatchDim | None:
         """The batch dim of a value met in a pipeline's step, where its microbatches are put together."""
@@ -255,7 +279,7 @@ class Inference:
             return BatchDim()
         spot = form.spot._replace(gradient=False, override=())
         form = form._replace(spot=spot, grad_mode=True)
-        found = self._batch_dim(Key(spot.name, spot.side, spot.occurrence), spot.index)
+        found = self._probed_dim(BATCH, Key(spot.name, spot.side, spot.occurrence), spot.index)
         if found is not None:
             self._batch_dims[form] = found
             self._batch_dims.setdefault(_any_firing(form), found)
@@ -265,10 +289,7 @@ class Inference:
         """Agree with all ranks on the layouts claimed here. Collective."""
         if not self.mesh.axes:
             return
-        everyone = all_gather_objects(dict(claims), self.mesh.world)
-        forms = dict.fromkeys(f for theirs in everyone for f in theirs)
-        for form in forms:
-            found = agree([theirs.get(form) for theirs in everyone], self.mesh)
+        for form, found in settle(claims, self.mesh, self._device).items():
             self.known[form] = found
             place = _any_firing(form)
             before = self._common.setdefault(place, found)
@@ -279,7 +300,7 @@ class Inference:
 
     def settle_alone(self, form: Form, claim: Claim) -> None:
         """Take this rank's claim for rows at experts: that they are its own needs nobody else."""
-        self.known[form] = found = agree_alone(claim, self.mesh)
+        self.known[form] = found = settle_alone(claim, self.mesh)
         self._common.setdefault(_any_firing(form), found)
 
     def gradient_layout(self, forward: Layout, grad: Tensor) -> Layout:
@@ -309,11 +330,7 @@ def _alike(a: Layout | LayoutError | None, b: Layout | LayoutError) -> bool:
 
 def _positive(placement: Placement, dims: int) -> Placement:
     dim = shard_dim(placement)
-    if dim is None or dim >= 0:
-        return placement
-    if isinstance(placement, _StridedShard):
-        return _StridedShard(dim + dims, split_factor=placement.split_factor)
-    return Shard(dim + dims)
+    return placement if dim is None or dim >= 0 else on_dim(placement, dim + dims)
 
 
 def placements_on(mesh: ModelMesh, device_mesh: Any, placements: Any) -> dict[int, Placement]:

@@ -24,7 +24,7 @@ from flex_model.core.ragged import Identity, give, refusal, stand_ins, stub_of, 
 from flex_model.errors import DeliveryError, EditError, FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim
-from flex_model.routing.collectives import all_gather_ints, all_gather_objects
+from flex_model.routing.collectives import all_gather_ints, all_gather_objects, extremes
 from flex_model.routing.delivery import Buffers, Item, deliver
 from flex_model.routing.hop import Hop, Parcel
 from flex_model.routing.route import gradient_scale
@@ -83,11 +83,8 @@ class Outbox:
 
     def _point_of_stages(self) -> None:
         """``point`` of a pipeline: each stage delivers to its own ranks, then the stages to one another."""
-        mesh, whole = self.runtime.mesh, self.runtime.whole
-        everyone = self.status([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
-        axis = whole.stage_axis
-        assert axis is not None
-        rows = [row for row, c in zip(everyone, whole.coordinates(), strict=True) if c[axis] == whole.stage]
+        mesh = self.runtime.mesh
+        rows = self.status([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
         new = any(claims for _, claims, _ in rows)
         if mesh.axes and len({(count, mark) for count, _, mark in rows}) > 1:
             self._settle(new)
@@ -214,20 +211,25 @@ class Outbox:
             deliver(items, self.runtime.mesh, self._buffers)
 
     def status(self, places: Sequence[tuple[str, Any]], claims: int = 0) -> list[tuple[int, int, int]]:
-        """One small exchange: did an edit fail? Else every rank's (number of values, new claims, mark of places)."""
+        """One small exchange: did an edit fail? Else (number of values, new claims, mark of places) of every rank of
+        this stage, once where they agree."""
         mark = crc32(repr(places).encode())
-        mesh = self.runtime.whole
+        mesh, whole = self.runtime.mesh, self.runtime.whole
         row = [len(self.failures), len(places), claims, mark]
-        rows = all_gather_ints(row, mesh.world, self.runtime.device_of_values)
-        if any(r[0] for r in rows):
-            everyone = all_gather_objects(self.failures, mesh.world)
+        low, high = extremes(torch.tensor(row), whole.world, self.runtime.device_of_values)
+        if high[0]:
+            everyone = all_gather_objects(self.failures, whole.world)
             self.failures, self.waiting, self.claims, self.forwards = [], [], {}, 0
             first = next(f for theirs in everyone for f in theirs)
             raise EditError(
                 f"{first['where']}: the editing function failed on rank {first['rank']} in call {first['call']} with "
                 f"{first['error']}; caches, buffers and gradients of this call are undefined.\n{first['traceback']}"
             )
-        return [(r[1], r[2], r[3]) for r in rows]
+        if mesh is not whole and mesh.axes and not torch.equal(low, high):  # other stages hold other modules
+            low, high = extremes(torch.tensor(row), mesh.world, self.runtime.device_of_values)
+        if not mesh.axes or torch.equal(low, high):
+            return [(len(places), claims, mark)]
+        return [(r[0], r[1], r[2]) for r in all_gather_ints(row[1:], mesh.world, self.runtime.device_of_values)]
 
     def same_on_all(self, rows: Sequence[tuple[int, int, int]]) -> None:
         if len({(count, mark) for count, _, mark in rows}) > 1:

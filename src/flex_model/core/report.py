@@ -104,13 +104,9 @@ def site_rows(runtime: Runtime) -> list[SiteRow]:
 
 def plan_rows(runtime: Runtime) -> list[PlanRow]:
     rows = []
+    known = {(f.spot.name, f.spot.side): x for f, x in runtime.inference.known.items() if not f.spot.gradient}
     for bound in runtime.bounds:
-        found = [
-            layout
-            for form, layout in runtime.inference.known.items()
-            if (form.spot.name, form.spot.side) == (bound.name, bound.side) and not form.spot.gradient
-        ]
-        layout = found[-1] if found else runtime.inference.lookup_trivial()
+        layout = known.get((bound.name, bound.side), runtime.inference.lookup_trivial())
         if isinstance(layout, LayoutError):
             rows.append(PlanRow(bound.name, bound.hook_type, "refused", "none", None, str(layout)))
         elif layout is None:

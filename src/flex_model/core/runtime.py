@@ -163,7 +163,15 @@ class Runtime:
         first = next(self.root.parameters(), None)
         active = None if "DDP" in self.engines.names else DistributedDataParallel._get_active_ddp_module()
         sharded = getattr(first, "_spec", None) is not None
-        return active, self.engines.alive, Engines.stages_made(), type(self.outermost), type(self.root), sharded
+        return (
+            active,
+            self.engines.alive,
+            Engines.switched_on(),
+            Engines.stages_made(),
+            type(self.outermost),
+            type(self.root),
+            sharded,
+        )
 
     # -- installing --------------------------------------------------------------------------------------------
     def uninstall(self) -> None:
@@ -275,7 +283,7 @@ class Runtime:
         self.calls += step is None
         if step is not None and self.mesh.axes:
             self.last_inputs = (args, kwargs)
-        self.inference.new_call(args, kwargs)
+        self.inference.new_call(module, args, kwargs)
         if self.inference.lacks(self._wanted):
             with self.silent():
                 self.inference.begin(module, args, kwargs, self._wanted)

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.core.inference import Spot
 from flex_model.errors import LayoutError
 from flex_model.layout.layout import Layout
+from flex_model.layout.mesh import ModelMesh
+from flex_model.layout.sequence import Order, sequence_length
 from flex_model.routing.hop import Parcel
 from flex_model.routing.route import Route
 from flex_model.trees import find_leaves, replace_leaves
@@ -52,7 +55,6 @@ def _unsharded(runtime: Runtime, output: Any) -> Any:
     if any(inference.lookup(f) is None for f in forms.values()):
         args, kwargs = runtime.last_inputs
         with runtime.silent():
-            inference.new_call(args, kwargs)
             if runtime.engines.parts and not (args or kwargs):
                 raise LayoutError(
                     "the output of this pipeline cannot be put together, because no hook has seen its last stage run; "
@@ -60,6 +62,7 @@ def _unsharded(runtime: Runtime, output: Any) -> Any:
                 )
             root = list(runtime.names.places[""].values())[-1]
             outer = root if runtime.engines.parts else runtime.outermost
+            inference.new_call(root, args, kwargs)
             inference.begin(outer, args, kwargs, {("", "out", "full_output"): root})
             claims = {
                 forms[leaf.index]: inference.claim(forms[leaf.index], leaf.tensor, root, 0, None)
@@ -90,21 +93,37 @@ def full_parameter(runtime: Runtime, name: str) -> Tensor:
 
 
 def full_batch(runtime: Runtime, batch: Any) -> Any:
-    """Every tensor with a batch dim, concatenated over the data axes in capture order."""
+    """Every tensor with a batch dim, concatenated over the data axes in capture order; over those of the sequence,
+    tensors as long as it on dim 1."""
     mesh = runtime.mesh
-    data = [a.kind == "data" for a in mesh.axes]
-    if not any(data):
+    if not any(a.kind == "data" for a in mesh.axes):
         return batch
     mesh.prepare()
-    layout = Layout(tuple(Shard(0) if d else Replicate() for d in data), "full_batch", ragged=tuple(data))
+    leaves = find_leaves(batch)
+    length = sequence_length(batch)
+    order = runtime.inference.order(leaves) if any(a.sequence for a in mesh.axes) else ""
     new = {}
-    for leaf in find_leaves(batch):
+    for leaf in leaves:
         if leaf.tensor.dim():
-            new[leaf.index] = _whole(mesh, layout, leaf.tensor)
+            long = leaf.tensor.dim() > 1 and leaf.tensor.shape[1] == length
+            new[leaf.index] = _whole(mesh, _batch_layout(mesh, order if long else None), leaf.tensor)
     return replace_leaves(batch, new)
 
 
-def _whole(mesh: Any, layout: Layout, tensor: Tensor) -> Tensor:
+def _batch_layout(mesh: ModelMesh, order: Order | str | None) -> Layout:
+    """Of an input: ``order`` is that of its sequence dim, None where it has none."""
+    placements: list[Placement] = []
+    for axis in mesh.axes:
+        if not axis.sequence:
+            placements.append(Shard(0) if axis.kind == "data" else Replicate())
+        elif isinstance(order, str):
+            raise LayoutError(f"the batch is in parts over {axis.name!r}, and their order is unknown: {order}.")
+        else:
+            placements.append(Replicate() if order is None else order(1))
+    return Layout(tuple(placements), "full_batch", ragged=tuple(a.kind == "data" for a in mesh.axes))
+
+
+def _whole(mesh: ModelMesh, layout: Layout, tensor: Tensor) -> Tensor:
     route = Route(mesh, layout, tensor)
     if route.own_part:
         raise LayoutError(

@@ -80,7 +80,7 @@ def check_sizes(
 ) -> None:
     found = {"tensor": 1, "data": 1, "stage": 1}
     for axis in runtime.whole.axes:
-        found[axis.kind] *= axis.size
+        found[axis.kind] *= 1 if axis.sequence else axis.size
     for name, given, kind in (
         ("tensor_parallel_size", tensor, "tensor"),
         ("data_parallel_size", data, "data"),

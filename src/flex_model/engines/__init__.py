@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.engines.accelerate import AccelerateEngine
+from flex_model.engines.context_parallel import ContextParallelEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
 from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_mesh
@@ -28,13 +30,16 @@ from flex_model.engines.pipelining import PipeliningEngine, stages_made
 from flex_model.engines.quantised import dequantised
 from flex_model.engines.replicate import ReplicateEngine
 from flex_model.layout.mesh import Axis, AxisKind, ModelMesh
+from flex_model.layout.sequence import Order
 from flex_model.layout.twin import Mimic
 from flex_model.routing.rows import RowSource
 
 __all__ = ["Conductor", "Engine", "Engines", "GradientSite", "wrapped"]
 
-# Data engines first: what they claim is theirs; DTensor takes the axes that are left.
+# The sequence's axis first, which data engines may lie over; then data engines: what they claim is theirs; DTensor
+# takes the axes that are left.
 _KNOWN: tuple[type[Engine], ...] = (
+    ContextParallelEngine,
     DDPEngine,
     ReplicateEngine,
     FSDP1Engine,
@@ -49,12 +54,13 @@ _KNOWN: tuple[type[Engine], ...] = (
     ExpertsEngine,
 )
 _DATA_NAMES = ("dp", "ddp", "fsdp", "hsdp", "dp_replicate", "dp_shard", "replicate", "shard", "data", "batch")
+_SEQUENCE_NAMES = ("cp", "context", "context_parallel")
 
 
 def _kind(axis_name: str) -> AxisKind:
     if axis_name in ("pp", "stage", "pipe", "pipeline"):
         return "stage"
-    return "data" if axis_name in _DATA_NAMES else "tensor"
+    return "data" if axis_name in (*_DATA_NAMES, *_SEQUENCE_NAMES) else "tensor"
 
 
 def wrapped(module: nn.Module) -> str | None:
@@ -99,18 +105,30 @@ class Engines:
         """The model's mesh: the user's, or the axes of all engines on the root mesh they share."""
         if given is not None:
             names = given.mesh_dim_names or ()
-            axes = [
-                Axis(a.name, _kind(a.name), a.ranks) for a in axes_of_mesh(given, "tensor", names[0] if names else "tp")
-            ]
+            found = axes_of_mesh(given, "tensor", names[0] if names else "tp")
+            axes = [Axis(a.name, _kind(a.name), a.ranks, a.name in _SEQUENCE_NAMES) for a in found]
             return ModelMesh(*_on_grid(axes, [given]), timeout=timeout, mean=mean)
         axes = []
         others = frozenset[tuple[int, ...]]().union(*(e.other_lines for e in self.found))
         for engine in self.found:
-            for axis in engine.axes:
+            for axis in (_beside(a, axes) for a in engine.axes):
                 if axis.size > 1 and axis.ranks not in others and not any(axis.ranks == a.ranks for a in axes):
                     axes.append(_named_apart(axis, axes))
         meshes = [m for e in self.found for m in e.meshes]
         return ModelMesh(*_on_grid(axes, meshes), timeout=timeout, mean=mean)
+
+    @property
+    def sequence_order(self) -> Order | None:
+        return next((order for e in self.found if (order := e.sequence_order) is not None), None)
+
+    @staticmethod
+    def switched_on() -> object:
+        """Changes when an engine is switched on or off around the model."""
+        return ContextParallelEngine.active()
+
+    @property
+    def sharding(self) -> frozenset[tuple[int, ...]]:
+        return frozenset(line for e in self.found for line in e.sharding)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -256,7 +274,19 @@ def _named_apart(axis: Axis, others: Sequence[Axis]) -> Axis:
     while any(name == o.name for o in others):
         count += 1
         name = f"{axis.name}_{count}"
-    return Axis(name, axis.kind, axis.ranks)
+    return replace(axis, name=name)
+
+
+def _beside(axis: Axis, others: Sequence[Axis]) -> Axis:
+    """What is left of an axis that lies over one of the sequence: data engines flatten the two into one."""
+    for other in others:
+        if other.sequence and axis.kind == "data" and axis.size > other.size and set(other.ranks) <= set(axis.ranks):
+            flat = torch.tensor(axis.ranks)
+            for lines in (flat.view(-1, other.size), flat.view(other.size, -1).T):
+                if list(other.ranks) in lines.tolist():
+                    place = other.ranks.index(dist.get_rank())
+                    return replace(axis, ranks=tuple(lines[:, place].tolist()))
+    return axis
 
 
 def _on_grid(axes: list[Axis], meshes: Sequence[DeviceMesh]) -> tuple[list[Axis], Tensor | None]:

@@ -43,6 +43,16 @@ class DTensorEngine(Engine):
     def axes(self) -> list[Axis]:
         return [axis for mesh in self.meshes for axis in axes_of_mesh(mesh, "tensor", "tp")]
 
+    @property
+    def sharding(self) -> frozenset[tuple[int, ...]]:
+        seen: dict[DeviceMesh, set[int]] = {}
+        for parameter in self.module.parameters():
+            spec = sharding(parameter)
+            if spec is not None:
+                dims = {i for i, p in enumerate(spec.placements) if shard_dim(p) is not None}
+                seen.setdefault(spec.mesh, set()).update(dims)
+        return frozenset(axes_of_mesh(mesh, "tensor", "tp")[i].ranks for mesh, dims in seen.items() for i in dims)
+
     def order(self, module: nn.Module, side: str, dim: int, size: int) -> int | str | None:
         if dim != -1:
             return None

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.layout.mesh import Axis, AxisKind
+from flex_model.layout.sequence import Order
 from flex_model.layout.twin import Mimic
 from flex_model.routing.rows import RowSource
 
@@ -103,6 +104,16 @@ class Engine:
     def meshes(self) -> list[DeviceMesh]:
         """DeviceMeshes seen; their root mesh orders the axes of several engines."""
         return []
+
+    @property
+    def sequence_order(self) -> Order | None:
+        """How the ranks of its sequence axis share the sequence; None: it does not say."""
+        return None
+
+    @property
+    def sharding(self) -> frozenset[tuple[int, ...]]:
+        """Ranks along each axis, through this rank, over which some parameter is sharded."""
+        return frozenset()
 
     @property
     def lockstep(self) -> bool:

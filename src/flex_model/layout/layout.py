@@ -12,12 +12,48 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from flex_model.errors import LayoutError
 from flex_model.layout.mesh import ModelMesh
 
-__all__ = ["Layout", "merge_parts", "my_part", "parse_layout", "shard_dim", "split_factor"]
+__all__ = ["Layout", "ZigZag", "fits", "merge_parts", "my_part", "on_dim", "parse_layout", "shard_dim", "split_factor"]
+
+
+@dataclass(frozen=True)
+class ZigZag(Placement):
+    """The sequence on ``dim``, balanced for causal attention: of 2w chunks, rank r of w holds chunks r and 2w-1-r.
+
+    >>> merge_parts([torch.tensor([0, 1, 6, 7]), torch.tensor([2, 3, 4, 5])], ZigZag(0)).tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+
+    dim: int
+
+    def __repr__(self) -> str:
+        return f"ZigZag(dim={self.dim})"
+
+    def __str__(self) -> str:
+        return f"Z({self.dim})"
+
+    def __reduce__(self) -> tuple[type[ZigZag], tuple[int]]:
+        return ZigZag, (self.dim,)
 
 
 def shard_dim(placement: Placement) -> int | None:
     """The dim a placement shards, None for Replicate and Partial."""
-    return placement.dim if isinstance(placement, (Shard, _StridedShard)) else None  # type: ignore[return-value]
+    return placement.dim if isinstance(placement, (Shard, _StridedShard, ZigZag)) else None  # type: ignore[return-value]
+
+
+def on_dim(placement: Placement, dim: int) -> Placement:
+    """A sharding placement as it would be on another dim."""
+    if isinstance(placement, ZigZag):
+        return ZigZag(dim)
+    factor = split_factor(placement)
+    return Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
+
+
+def fits(placement: Placement, shapes: Sequence[Sequence[int]]) -> bool:
+    """Whether parts of these shapes make a rectangle along one axis, and in zig-zag whole chunks of one size."""
+    dim = shard_dim(placement)
+    if isinstance(placement, ZigZag) and (len({s[placement.dim] for s in shapes}) > 1 or shapes[0][placement.dim] % 2):
+        return False
+    return len({tuple(s for d, s in enumerate(shape) if d != dim) for shape in shapes}) == 1
 
 
 def split_factor(placement: Placement) -> int:
@@ -69,7 +105,7 @@ def parse_layout(given: object, mesh: ModelMesh, where: str) -> dict[int, Placem
     else:
         raise LayoutError(f"{where}: layout={given!r} is no layout; expected placements, such as {{'tp': Shard(2)}}.")
     for placement in values:
-        if not isinstance(placement, (Shard, _StridedShard, Replicate, Partial)):
+        if not isinstance(placement, (Shard, _StridedShard, ZigZag, Replicate, Partial)):
             raise LayoutError(f"{where}: {placement!r} in layout= is no Shard, Replicate or Partial.")
     if not mesh.axes:
         return {}
@@ -100,6 +136,9 @@ def merge_parts(parts: Sequence[torch.Tensor], placement: Placement) -> torch.Te
             total = torch.stack(list(parts)).sum(0)
             return total / len(parts) if placement.reduce_op == "avg" else total
         return parts[0]
+    if isinstance(placement, ZigZag):
+        heads, tails = zip(*(p.chunk(2, dim) for p in parts), strict=True)
+        return torch.cat([*heads, *reversed(tails)], dim)
     factor = split_factor(placement)
     if factor > 1:
         chunks = [p.chunk(factor, dim) for p in parts]
@@ -114,6 +153,10 @@ def my_part(full: torch.Tensor, placement: Placement, sizes: Sequence[int], inde
         if isinstance(placement, Partial) and placement.reduce_op == "sum":
             return full / len(sizes)
         return full
+    if isinstance(placement, ZigZag):
+        chunk = sizes[index] // 2
+        tail = (2 * len(sizes) - 1 - index) * chunk
+        return torch.cat([full.narrow(dim, index * chunk, chunk), full.narrow(dim, tail, chunk)], dim)
     factor = split_factor(placement)
     if factor == 1:
         return full.narrow(dim, sum(sizes[:index]), sizes[index])

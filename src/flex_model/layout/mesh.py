@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import product
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -23,11 +23,15 @@ AxisKind = Literal["data", "tensor", "stage"]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis as an engine reports it: ``ranks`` are the global ranks along it through this rank, in order."""
+    """One axis as an engine reports it: ``ranks`` are the global ranks along it through this rank, in order.
+
+    ``sequence``: a data axis whose ranks hold parts of the sequence, not of the batch (context parallelism).
+    """
 
     name: str
     kind: AxisKind
     ranks: tuple[int, ...]
+    sequence: bool = False
 
     @property
     def size(self) -> int:
@@ -61,8 +65,6 @@ class ModelMesh:
         self.coordinate: tuple[int, ...] = tuple(where[0].tolist())
         self.names = tuple(a.name for a in self.axes)
         self.ranks = [int(r) for r in self.grid.flatten().tolist()]
-        self._coordinates = list(product(*[range(a.size) for a in self.axes]))
-        self._lines: dict[int, list[list[int]]] = {}
         self._whole = whole  # of which this is one stage
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = whole._groups if whole is not None else {}
         self._channel: dist.ProcessGroup | None = None
@@ -78,11 +80,11 @@ class ModelMesh:
             raise MeshError(f"the axes {[a.name for a in self.axes]} are not on one mesh; pass mesh= to FlexModel.")
         return grid.reshape(shape).to(torch.long)
 
-    @property
+    @cached_property
     def size(self) -> int:
         return prod(a.size for a in self.axes)
 
-    @property
+    @cached_property
     def main(self) -> int:
         """The global rank that captures go to by default: the lowest; of a stage, the one in line with that."""
         if self._whole is None:
@@ -121,18 +123,34 @@ class ModelMesh:
             raise MeshError(f"the model's mesh has no axis {name!r}; its axes are {list(self.names)}.")
         return self.names.index(name)
 
-    def coordinates(self) -> list[tuple[int, ...]]:
-        """The coordinate of every rank, in the order of ``ranks`` (which is the order of group ranks)."""
-        return self._coordinates
+    @cached_property
+    def me(self) -> int:
+        """This rank's place in ``ranks``, its group rank."""
+        return self.group_rank(self.coordinate)
 
-    def lines(self, axis: int) -> list[list[int]]:
-        """Group ranks along an axis, one list for each place on the other axes."""
-        if axis not in self._lines:
-            grouped: dict[tuple[int, ...], list[int]] = {}
-            for rank, c in enumerate(self._coordinates):
-                grouped.setdefault(c[:axis] + c[axis + 1 :], []).append(rank)
-            self._lines[axis] = list(grouped.values())
-        return self._lines[axis]
+    @cached_property
+    def home(self) -> tuple[int, ...]:
+        """The coordinate of the main rank."""
+        return self.coordinate_of(self.ranks.index(self.main))
+
+    def group_rank(self, coordinate: Sequence[int]) -> int:
+        """The place in ``ranks`` of a coordinate: counted, not looked up, so that nothing is kept for each rank."""
+        rank = 0
+        for place, axis in zip(coordinate, self.axes, strict=True):
+            rank = rank * axis.size + place
+        return rank
+
+    def coordinate_of(self, group_rank: int) -> tuple[int, ...]:
+        places = []
+        for axis in reversed(self.axes):
+            group_rank, place = divmod(group_rank, axis.size)
+            places.append(place)
+        return tuple(reversed(places))
+
+    def line(self, axis: int) -> list[int]:
+        """Group ranks along an axis through this rank."""
+        before, after = self.coordinate[:axis], self.coordinate[axis + 1 :]
+        return [self.group_rank((*before, i, *after)) for i in range(self.axes[axis].size)]
 
     # -- groups ------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
@@ -142,26 +160,27 @@ class ModelMesh:
             return
         if not self.axes or self._groups:
             return
-        lines = {tuple(self.ranks): None}
-        if self.stage_axis is not None:
-            stages = [stage.flatten().tolist() for stage in self.grid.unbind(self.stage_axis)]
-            lines.update({tuple(stage): None for stage in stages if len(stage) > 1})
-        for i in range(len(self.axes)):
-            rows = self.grid.movedim(i, -1).reshape(-1, self.axes[i].size)
-            lines.update({tuple(int(r) for r in row): None for row in rows.tolist()})
+        self._make_group(tuple(self.ranks))
+        if self.stage_axis is not None and len(self.axes) > 2:  # of two axes, a stage is a line
+            for stage in self.grid.unbind(self.stage_axis):
+                self._make_group(tuple(stage.flatten().tolist()))
+        for i in range(len(self.axes)) if len(self.axes) > 1 else ():
+            for row in self.grid.movedim(i, -1).reshape(-1, self.axes[i].size):
+                self._make_group(tuple(row.tolist()))
+
+    def _make_group(self, ranks: tuple[int, ...]) -> None:
+        # A group that only its members make is named by how many groups they have, which must then agree.
         everyone = self.size == dist.get_world_size()
-        for ranks in lines:
-            # A group that only its members make is named by how many groups they have, which must then agree.
-            if everyone or self.rank in ranks:
-                group = dist.new_group(
-                    list(ranks),
-                    timeout=self.timeout,
-                    use_local_synchronization=not everyone,
-                    group_desc="flex_model",
-                    sort_ranks=False,
-                )
-                if self.rank in ranks:
-                    self._groups[ranks] = group
+        if everyone or self.rank in ranks:
+            group = dist.new_group(
+                list(ranks),
+                timeout=self.timeout,
+                use_local_synchronization=not everyone,
+                group_desc="flex_model",
+                sort_ranks=False,
+            )
+            if self.rank in ranks:
+                self._groups[ranks] = group
 
     @property
     def world(self) -> dist.ProcessGroup:

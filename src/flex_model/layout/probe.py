@@ -1,14 +1,15 @@
-"""The probe: which dim of a value is the batch, and are its rows in the batch's order?
+"""The probe: which dim of a value is the batch, or the sequence, and are its rows in that order?
 
 Data-parallel ranks each see a part of the batch; the full value is their concatenation only if a model given
 ``[x; x]`` returns ``[f(x); f(x)]`` along one dim. That is tried, on the real model: one forward with the real inputs
 and one with the batch twice over, without gradients, in eval mode; buffers, caches and random state are put back.
 It refuses what shapes alone would let pass: rows sorted by expert, sequence-major rows, values reduced over the batch.
+Under context parallelism the same is done along the sequence, with ``[x; x by one token on]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flex_model.layout.record import Key, batch_size, double_batch, recorded
+from flex_model.layout.record import Key, Watched, batch_size, double_batch, recorded
+from flex_model.layout.sequence import double_sequence, sequence_length
 from flex_model.layout.values import close, local
 from flex_model.trees import copy_tree
 
-__all__ = ["BatchDim", "probe_batch"]
+__all__ = ["BATCH", "SEQUENCE", "Along", "BatchDim", "probe"]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchDim:
-    """``dim`` holds the batch; None: the value has no batch dim. ``refusal`` says why neither could be shown."""
+    """``dim`` holds the batch, or the sequence; None: the value has no such dim. ``refusal`` says why neither could be
+    shown."""
 
     dim: int | None = None
     refusal: str = ""
@@ -50,10 +53,32 @@ def _nothing_changed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def probe_batch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: dict[str, nn.Module], dim: int = 0
+Doubling = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Along:
+    """What is doubled: its word, how, its size in the inputs, and by how much the second half is rolled."""
+
+    word: str
+    double: Doubling
+    size: Callable[[Any, int], int | None]
+    roll: int = 0
+
+
+BATCH = Along("batch", double_batch, batch_size)
+SEQUENCE = Along("sequence", double_sequence, sequence_length, roll=1)
+
+
+def probe(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watched: Watched,
+    along: Along = BATCH,
+    dim: int = 0,
 ) -> dict[Key, list[BatchDim]]:
-    """{key: one BatchDim a tensor} for the inputs and outputs of ``watched``; raises what the model raises.
+    """{key: one BatchDim a tensor} for the watched sides of modules; raises what the model raises.
 
     ``dim`` is where the inputs hold the batch.
     """
@@ -64,8 +89,8 @@ def probe_batch(
     def compared(key: Key, found: list[Tensor]) -> list[BatchDim]:
         before = once.get(key, [])
         if len(before) != len(found):
-            return [BatchDim(refusal="it fires another number of times at twice the batch")] * len(found)
-        return [_batch_dim(a, local(b), batch) for a, b in zip(before, found, strict=True)]
+            return [BatchDim(refusal=f"it fires another number of times at twice the {along.word}")] * len(found)
+        return [_dim(a, local(b), size, along) for a, b in zip(before, found, strict=True)]
 
     def forward(inputs: Any, keep: Any) -> dict[Key, Any]:
         inner_args, inner_kwargs = copy_tree(inputs, lambda t: t.detach().clone())
@@ -73,30 +98,35 @@ def probe_batch(
             model(*inner_args, **inner_kwargs)
         return seen
 
-    batch = batch_size((args, kwargs), dim)
+    size = along.size((args, kwargs), dim)
     with _nothing_changed(model):
         once = forward((args, kwargs), kept)
         try:
-            return forward(double_batch((args, kwargs), dim=dim), compared)
+            return forward(along.double((args, kwargs), dim=dim), compared)
         except Exception:
-            return forward(double_batch((args, kwargs), vectors=False, dim=dim), compared)
+            return forward(along.double((args, kwargs), vectors=False, dim=dim), compared)
 
 
-def _batch_dim(once: Tensor, twice: Tensor, batch: int | None) -> BatchDim:
+def _dim(once: Tensor, twice: Tensor, size: int | None, along: Along) -> BatchDim:
     """Where ``twice`` is ``once`` two times over."""
+    word = along.word
     if once.dim() != twice.dim():
-        return BatchDim(refusal=f"it has {once.dim()} dims, and {twice.dim()} at twice the batch")
+        return BatchDim(refusal=f"it has {once.dim()} dims, and {twice.dim()} at twice the {word}")
     grown = [d for d in range(once.dim()) if once.shape[d] != twice.shape[d]]
     if not grown:
-        return BatchDim() if close(once, twice) else BatchDim(refusal="it has no batch dim, yet depends on the batch")
+        return (
+            BatchDim() if close(once, twice) else BatchDim(refusal=f"it has no {word} dim, yet depends on the {word}")
+        )
     dim = grown[0]
     if len(grown) > 1 or twice.shape[dim] != 2 * once.shape[dim]:
-        return BatchDim(refusal=f"{tuple(once.shape)} becomes {tuple(twice.shape)} at twice the batch")
-    size = once.shape[dim]
-    for start in (0, size):
-        if not close(once, twice.narrow(dim, start, size)):
-            return BatchDim(refusal=f"the rows of dim {dim} do not follow the order of the batch")
-    if size != batch and _periodic(once, dim):
+        return BatchDim(refusal=f"{tuple(once.shape)} becomes {tuple(twice.shape)} at twice the {word}")
+    rows = once.shape[dim]
+    if along.roll and rows != size:
+        return BatchDim(refusal=f"dim {dim} has {rows} rows for {size} tokens")
+    for start, want in ((0, once), (rows, once.roll(along.roll, dim) if along.roll else once)):
+        if not close(want, twice.narrow(dim, start, rows)):
+            return BatchDim(refusal=f"the rows of dim {dim} do not follow the order of the {word}")
+    if rows != size and _periodic(once, dim):
         return BatchDim(refusal=f"the rows of dim {dim} repeat themselves, so their order cannot be seen")
     return BatchDim(dim)
 

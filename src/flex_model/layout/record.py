@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from flex_model.trees import copy_tree, find_leaves, tensors
 
-__all__ = ["Key", "batch_size", "double_batch", "input_kind", "recorded"]
+__all__ = ["Key", "Watched", "batch_size", "double_batch", "input_kind", "recorded"]
+
+
+Watched = dict[tuple[str, str], nn.Module]  # by name and side
 
 
 class Key(NamedTuple):
@@ -24,8 +27,8 @@ class Key(NamedTuple):
 
 
 @contextmanager
-def recorded(watched: dict[str, nn.Module], keep: Callable[[Key, list[Tensor]], Any]) -> Iterator[dict[Key, Any]]:
-    """{key: keep(key, tensors in flattening order)} of the inputs and outputs of ``watched``."""
+def recorded(watched: Watched, keep: Callable[[Key, list[Tensor]], Any]) -> Iterator[dict[Key, Any]]:
+    """{key: keep(key, tensors in flattening order)} of the watched sides of modules."""
     seen: dict[Key, Any] = {}
     counts: Counter[tuple[str, str]] = Counter()
 
@@ -35,11 +38,13 @@ def recorded(watched: dict[str, nn.Module], keep: Callable[[Key, list[Tensor]], 
         seen[key] = keep(key, tensors(value))
 
     handles = []
-    for name, module in watched.items():
-        handles.append(
-            module.register_forward_pre_hook(lambda m, a, k, name=name: note(name, "in", (a, k)), with_kwargs=True)
-        )
-        handles.append(module.register_forward_hook(lambda m, a, o, name=name: note(name, "out", o)))
+    for (name, side), module in watched.items():
+        if side == "in":
+            handles.append(
+                module.register_forward_pre_hook(lambda m, a, k, name=name: note(name, "in", (a, k)), with_kwargs=True)
+            )
+        else:
+            handles.append(module.register_forward_hook(lambda m, a, o, name=name: note(name, "out", o)))
     try:
         yield seen
     finally:

@@ -8,7 +8,7 @@ lengths. Sizes are proven by this, order never is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flex_model.layout.layout import shard_dim
 from flex_model.layout.moves import Trace, out_of_order
-from flex_model.layout.record import Key, double_batch, recorded
+from flex_model.layout.record import Key, Watched, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
@@ -48,7 +48,7 @@ class _IntegersAreReal(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _tensors_of(args, kwargs)
         result = self._run(func, args, kwargs, tensors)
         if self._trace is not None:
             self._trace.note(func, args, tensors, result)
@@ -56,6 +56,8 @@ class _IntegersAreReal(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         on_meta = any(t.is_meta for t in tensors)
+        if on_meta and func.namespace == "c10d":
+            return _unsent(func, args)
         if on_meta and func in _SUBSTITUTES:
             return _SUBSTITUTES[func](*args, **kwargs)
         if func is aten.histc.default and not args[0].is_floating_point():
@@ -88,6 +90,25 @@ def _scalar(tensor: Tensor) -> object:
     return True if tensor.dtype == torch.bool else 1
 
 
+def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors an operator is given, by themselves or in lists; pytree would take longer than the operator."""
+    out = []
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, Tensor):
+            out.append(given)
+        elif isinstance(given, (list, tuple)):
+            out += [t for t in given if isinstance(t, Tensor)]
+    return out
+
+
+def _unsent(func: Any, args: Any) -> Any:
+    """A collective into tensors that are there already has nothing to bring but its shapes."""
+    from torch._C._distributed_c10d import FakeWork
+
+    work = FakeWork().boxed()
+    return work if len(func._schema.returns) == 1 else (args[0], work)
+
+
 def _nonzero(tensor: Tensor) -> Tensor:  # the most there can be: everything
     return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device="meta")
 
@@ -108,6 +129,11 @@ _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
 
 def _is_mesh_state(value: object) -> bool:
     return isinstance(value, (dist.ProcessGroup, DeviceMesh))
+
+
+def _ranks(state: dist.ProcessGroup | DeviceMesh) -> tuple[int, ...]:
+    group = state.mesh.flatten().tolist() if isinstance(state, DeviceMesh) else dist.get_process_group_ranks(state)
+    return tuple(group)
 
 
 class Opaque(Exception):
@@ -171,39 +197,42 @@ def global_shapes(model: nn.Module) -> GlobalShapes:
 
 @contextmanager
 def _stripped(
-    model: nn.Module, engines: Wholeness | _AsItIs, known: GlobalShapes | None = None
+    model: nn.Module,
+    engines: Wholeness | _AsItIs,
+    kept: Collection[tuple[int, ...]],
+    known: GlobalShapes | None = None,
 ) -> Iterator[dict[int, Any]]:
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
-    for module in model.modules():
-        saved.append((module, dict(module.__dict__), module.__class__))
-        for key, value in list(module.__dict__.items()):
-            if key.startswith("__composable_api"):
-                del module.__dict__[key]
-            elif key.endswith("_hooks") or "_hooks_" in key:
-                module.__dict__[key] = type(value)() if value is not None else value
-            elif _is_mesh_state(value):
-                memo[id(value)] = None
-            elif isinstance(value, DTensor):
-                memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
-        module.__dict__.pop("forward", None)
-        plain = engines.plain_class(module)
-        if plain is not None:
-            object.__setattr__(module, "__class__", plain)
-    memo.update(engines.stand_ins())
-    known = known or {}
-    said = {id(p): known.get((id(m), n)) for m in model.modules() for n, p in m._parameters.items()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        is_parameter = isinstance(tensor, nn.Parameter)
-        if not is_parameter and not tensor.is_floating_point():
-            continue
-        spec = sharding(tensor)  # it knows the global shape
-        found = tuple(tensor.shape if spec is None else spec.shape)
-        full = engines.full_shape(tensor) or (said.get(id(tensor)) if spec is None else None) or found
-        blank = torch.empty(full, dtype=tensor.dtype, device="meta")
-        memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
     try:
+        for module in model.modules():
+            saved.append((module, dict(module.__dict__), module.__class__))
+            for key, value in list(module.__dict__.items()):
+                if key.startswith("__composable_api"):
+                    del module.__dict__[key]
+                elif key.endswith("_hooks") or "_hooks_" in key:
+                    module.__dict__[key] = type(value)() if value is not None else value
+                elif _is_mesh_state(value):
+                    memo[id(value)] = value if kept and _ranks(value) in kept else None  # type: ignore[arg-type]
+                elif isinstance(value, DTensor):
+                    memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
+            module.__dict__.pop("forward", None)
+            plain = engines.plain_class(module)
+            if plain is not None:
+                object.__setattr__(module, "__class__", plain)
+        memo.update(engines.stand_ins())
+        known = known or {}
+        said = {id(p): known.get((id(m), n)) for m in model.modules() for n, p in m._parameters.items()}
+        for tensor in (*model.parameters(), *model.buffers()):
+            is_parameter = isinstance(tensor, nn.Parameter)
+            if not is_parameter and not tensor.is_floating_point():
+                continue
+            spec = sharding(tensor)  # it knows the global shape
+            found = tuple(tensor.shape if spec is None else spec.shape)
+            full = engines.full_shape(tensor) or (said.get(id(tensor)) if spec is None else None) or found
+            blank = torch.empty(full, dtype=tensor.dtype, device="meta")
+            memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
         yield memo
     finally:
         for module, attributes, cls in saved:
@@ -234,12 +263,20 @@ class _Run(NamedTuple):
 class Twin:
     """Runs a meta copy of ``model`` (made anew each time: models keep state) and records shapes of ``watched``."""
 
-    def __init__(self, model: nn.Module, engines: Wholeness, known: GlobalShapes, dim: int = 0) -> None:
-        """``dim`` is where the model's inputs hold the batch."""
-        self._model, self._engines, self._known, self._dim = model, engines, known, dim
+    def __init__(
+        self,
+        model: nn.Module,
+        engines: Wholeness,
+        known: GlobalShapes,
+        dim: int = 0,
+        kept: Collection[tuple[int, ...]] = (),
+    ) -> None:
+        """``dim`` is where the model's inputs hold the batch. ``kept``: ranks whose groups the copy knows as the model
+        does, as on axes that part the sequence."""
+        self._model, self._engines, self._known, self._dim, self._kept = model, engines, known, dim, kept
 
-    def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[str, nn.Module]) -> TwinShapes:
-        """``names`` are the watched modules of the real model by clean name."""
+    def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Watched) -> TwinShapes:
+        """``names`` are the watched sides of modules of the real model by clean name."""
         out = TwinShapes()
         try:
             trace = Trace()
@@ -252,22 +289,20 @@ class Twin:
         out.disordered = self._disordered((args, kwargs), names, once, trace)
         return out
 
-    def _whole(self, inputs: Any, names: dict[str, nn.Module], trace: Trace | None = None) -> _Run:
-        with _stripped(self._model, self._engines, self._known) as memo:
+    def _whole(self, inputs: Any, names: Watched, trace: Trace | None = None) -> _Run:
+        with _stripped(self._model, self._engines, self._kept, self._known) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
         with self._engines.alone():
             return self._run(twin, inputs, names, trace)
 
-    def _disordered(
-        self, inputs: Any, names: dict[str, nn.Module], whole: _Run, trace: Trace
-    ) -> dict[tuple[Key, int], str]:
+    def _disordered(self, inputs: Any, names: Watched, whole: _Run, trace: Trace) -> dict[tuple[Key, int], str]:
         """Where the model moves elements so that its shards are not in the order of the ranks."""
         with self._engines.mimicked() as mimic:
             if mimic is None:
                 return {}
             try:
-                with _stripped(self._model, _AsItIs(self._engines)) as memo:
+                with _stripped(self._model, _AsItIs(self._engines), self._kept) as memo:
                     copied = copy.deepcopy(self._model, memo)
                 mimic.prepare(copied)
                 local = Trace()
@@ -281,7 +316,7 @@ class Twin:
         places = [((key, i), n) for key, found in whole.numbers.items() for i, n in enumerate(found)]
         return {place: why[n] for place, n in places if n in why}
 
-    def _run(self, twin: nn.Module, inputs: Any, names: dict[str, nn.Module], trace: Trace | None) -> _Run:
+    def _run(self, twin: nn.Module, inputs: Any, names: Watched, trace: Trace | None) -> _Run:
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
         watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Digest", "close", "digest", "local", "same", "sharding"]
+__all__ = ["ROW", "Digest", "close", "digest", "local", "mark", "same", "sharding"]
 
 _SAMPLES = 256
+ROW = 2 + _SAMPLES
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -49,43 +51,52 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool((x - y).abs().max() <= _tolerance(a.dtype) * x.abs().max())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Digest:
     """A few numbers that equal tensors share: evenly spaced elements and their scale."""
 
     shape: tuple[int, ...]
     dtype: str
-    samples: tuple[float, ...]
+    samples: Tensor  # float64, on the CPU
     scale: float
     tolerance: float
 
     @property
     def proves_nothing(self) -> bool:
         """All elements alike: a replica and a shard of zeros would look the same."""
-        return len(set(self.samples)) <= 1
+        return not self.samples.numel() or bool((self.samples == self.samples[0]).all())
+
+    def row(self) -> Tensor:
+        """All of it as ``ROW`` numbers: what the tensor is, its margin, its samples. Ranks whose rows differ by no more
+        than the margin in any number hold equal tensors."""
+        out = torch.zeros(ROW, dtype=torch.double)
+        out[0], out[1] = mark((self.shape, self.dtype)), self.tolerance * self.scale
+        out[2 : 2 + len(self.samples)] = self.samples
+        return out
+
+
+def same(digests: list[Digest]) -> bool:
+    """Whether the tensors behind the digests are equal within their dtype's tolerance."""
+    rows = torch.stack([d.row() for d in digests])
+    apart = rows.amax(0) - rows.amin(0)
+    return bool(apart[0] == 0 and (apart[2:] <= rows[:, 1].max()).all())
+
+
+def mark(value: object) -> int:
+    """A number that ranks share when ``value`` prints alike on them; exact as a float, too."""
+    return int.from_bytes(blake2b(repr(value).encode(), digest_size=6).digest(), "big")
 
 
 def digest(tensor: Tensor) -> Digest:
     tensor = local(tensor)
     flat = tensor.flatten()
-    where = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.double).long()
-    samples = _comparable(flat[where.to(flat.device)]).flatten()
+    count = min(_SAMPLES // 2 if tensor.is_complex() else _SAMPLES, flat.numel())  # complex elements are two numbers
+    where = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.double).long()
+    samples = _comparable(flat[where.to(flat.device)]).flatten().cpu()
     return Digest(
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype),
-        samples=tuple(samples.tolist()),
+        samples=samples,
         scale=float(samples.abs().max()) if flat.numel() else 0.0,
         tolerance=_tolerance(tensor.dtype),
-    )
-
-
-def same(digests: list[Digest]) -> bool:
-    """Whether the tensors behind the digests are equal within their dtype's tolerance."""
-    one = digests[0]
-    margin = one.tolerance * one.scale
-    return all(
-        d.shape == one.shape
-        and d.dtype == one.dtype
-        and all(abs(x - y) <= margin for x, y in zip(d.samples, one.samples, strict=True))
-        for d in digests[1:]
     )

@@ -1,6 +1,6 @@
 """Putting parts together on one rank, and taking a rank's part: the arithmetic of layouts over several axes.
 
-No communication happens here. ``parts`` and ``shapes`` are indexed by group rank, the order of ``mesh.coordinates()``.
+No communication happens here. ``parts`` and ``shapes`` are indexed by group rank, the order of ``mesh.ranks``.
 """
 
 from __future__ import annotations
@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate
+from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.layout.layout import Layout, merge_parts, my_part, shard_dim, split_factor
+from flex_model.layout.layout import Layout, ZigZag, fits, merge_parts, my_part, shard_dim, split_factor
 from flex_model.layout.mesh import ModelMesh
 
-__all__ = ["Parts", "assemble", "owners", "part_of"]
+__all__ = ["NoRectangle", "Parts", "Shapes", "assemble", "merge", "owners", "owns", "part_of"]
 
 
 @dataclass(frozen=True)
@@ -50,42 +53,68 @@ class Parts:
         return self.tensors[index]
 
 
+class Shapes(Sequence[tuple[int, ...]]):
+    """The shape of a value's local tensor on every rank, by group rank: kept once where all have the same.
+
+    >>> Shapes([(2, 3)], size=1024)[1000]
+    (2, 3)
+    """
+
+    def __init__(self, known: Sequence[tuple[int, ...]], size: int) -> None:
+        self._known, self._size = list(known), size
+
+    @property
+    def even(self) -> bool:
+        return len(self._known) == 1
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest part."""
+        return max(prod(s) for s in self._known)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, rank: Any) -> Any:
+        return self._known[0 if self.even else rank]
+
+
+def owns(mesh: ModelMesh, layout: Layout) -> bool:
+    """Whether this rank holds data that is delivered: on replicated axes the main rank's coordinate does."""
+    moving = layout.moving_axes
+    return all(mesh.coordinate[i] == mesh.home[i] for i in range(len(mesh.axes)) if i not in moving)
+
+
 def owners(mesh: ModelMesh, layout: Layout) -> list[int]:
-    """Group ranks that hold distinct data, one a shard: on replicated axes the main rank's coordinate."""
-    home = mesh.coordinates()[mesh.ranks.index(mesh.main)]
-    return [
-        r
-        for r, c in enumerate(mesh.coordinates())
-        if all(not isinstance(p, Replicate) or c[i] == home[i] for i, p in enumerate(layout.placements))
-    ]
+    """Group ranks that hold distinct data, one a shard."""
+    moving = layout.moving_axes
+    places = [range(a.size) if i in moving else (mesh.home[i],) for i, a in enumerate(mesh.axes)]
+    return [mesh.group_rank(c) for c in product(*places)]
 
 
-def _fits(parts: Sequence[Tensor], dim: int | None) -> bool:
-    shapes = {tuple(s for d, s in enumerate(p.shape) if d != dim) for p in parts}
-    return len(shapes) == 1
+def merge(parts: Sequence[Tensor], placement: Placement) -> Tensor:
+    """The tensors of one line of ranks as one; raises NoRectangle where they make none."""
+    dim = shard_dim(placement)
+    if split_factor(placement) == 1 and dim is not None and not isinstance(placement, ZigZag):
+        parts = [p for p in parts if p.shape[dim]] or parts[:1]  # a rank without rows has no say in the other dims
+    if not fits(placement, [p.shape for p in parts]):
+        raise NoRectangle
+    return merge_parts(parts, placement)
 
 
 def assemble(parts: Mapping[int, Tensor], layout: Layout, mesh: ModelMesh) -> Tensor | Parts:
     """The full tensor from the owners' parts, or ``Parts`` where they make no rectangle."""
-    where = {c: r for r, c in enumerate(mesh.coordinates())}
-    home = mesh.coordinates()[mesh.ranks.index(mesh.main)]
 
     def build(prefix: tuple[int, ...], part: Mapping[int, int] = MappingProxyType({})) -> Tensor:
         axis = len(prefix)
         if axis == len(mesh.axes):
-            return parts[where[prefix]]
+            return parts[mesh.group_rank(prefix)]
         placement = layout.placements[axis]
         if axis in part:
             return build((*prefix, part[axis]), part)
         if isinstance(placement, Replicate):
-            return build((*prefix, home[axis]), part)
-        below = [build((*prefix, i), part) for i in range(mesh.axes[axis].size)]
-        dim = shard_dim(placement)
-        if split_factor(placement) == 1 and dim is not None:
-            below = [b for b in below if b.shape[dim]] or below[:1]  # a rank without rows has no say in the other dims
-        if not _fits(below, shard_dim(placement)):
-            raise _NoRectangle
-        return merge_parts(below, placement)
+            return build((*prefix, mesh.home[axis]), part)
+        return merge([build((*prefix, i), part) for i in range(mesh.axes[axis].size)], placement)
 
     if layout.parted:
         places = [
@@ -98,24 +127,23 @@ def assemble(parts: Mapping[int, Tensor], layout: Layout, mesh: ModelMesh) -> Te
         )
     try:
         return build(())
-    except _NoRectangle:
-        cells = [(mesh.coordinates()[r], parts[r]) for r in sorted(parts)]
+    except NoRectangle:
+        cells = [(mesh.coordinate_of(r), parts[r]) for r in sorted(parts)]
         named = tuple(dict(zip(mesh.names, c, strict=True)) for c, _ in cells)
         return Parts(tuple(p for _, p in cells), named)
 
 
-class _NoRectangle(Exception):
-    pass
+class NoRectangle(Exception):
+    """The ranks' parts have no rectangular whole."""
 
 
 def _size_below(
     layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequence[int]], prefix: tuple[int, ...], dim: int
 ) -> int:
     """The size on ``dim`` of what all ranks below ``prefix`` hold together."""
-    where = {c: r for r, c in enumerate(mesh.coordinates())}
     axis = len(prefix)
     if axis == len(mesh.axes):
-        return shapes[where[prefix]][dim]
+        return shapes[mesh.group_rank(prefix)][dim]
     if shard_dim(layout.placements[axis]) != dim:
         return _size_below(layout, mesh, shapes, (*prefix, 0), dim)
     return sum(_size_below(layout, mesh, shapes, (*prefix, i), dim) for i in range(mesh.axes[axis].size))
@@ -123,7 +151,7 @@ def _size_below(
 
 def part_of(full: Tensor, layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequence[int]], rank: int) -> Tensor:
     """What group rank ``rank`` holds of ``full``."""
-    coordinate = mesh.coordinates()[rank]
+    coordinate = mesh.coordinate_of(rank)
     for axis, placement in enumerate(layout.placements):
         dim, size = shard_dim(placement), mesh.axes[axis].size
         if dim is None:

@@ -20,6 +20,7 @@ __all__ = [
     "all_gather_ints",
     "all_gather_objects",
     "all_gather_parts",
+    "extremes",
     "from_bytes",
     "to_bytes",
 ]
@@ -65,3 +66,13 @@ def all_gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     out: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(out, value, group=group)
     return out
+
+
+def extremes(values: Tensor, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest of each value over all ranks: how ranks compare at a cost that does not grow with
+    their number."""
+    values = values.to(device)
+    both = torch.cat([values, -values])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    high, low = both.cpu().chunk(2)
+    return -low, high

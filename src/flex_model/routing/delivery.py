@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from math import prod
 from typing import Any, Literal, Protocol
 
@@ -19,10 +20,11 @@ from torch.distributed.tensor import DTensor
 from flex_model.errors import ShapeError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.routing.assembly import Parts, assemble, owners
-from flex_model.routing.collectives import all_gather_flat, all_gather_ints, from_bytes, to_bytes
+from flex_model.routing.assembly import Parts, Shapes, assemble, merge, owners, owns
+from flex_model.routing.collectives import all_gather_flat, all_gather_ints, extremes, from_bytes, to_bytes
+from flex_model.routing.straight import straight_layout, straighten
 
-__all__ = ["Buffers", "Deliver", "Item", "deliver", "to_host"]
+__all__ = ["Buffers", "Deliver", "Item", "deliver", "exchange_shapes", "to_host"]
 
 Deliver = Literal["main", "all", "local"]
 _BUCKET = 16 * 2**20  # bytes; values up to this size travel together
@@ -51,7 +53,7 @@ class Item:
     check: Callable[[tuple[int, ...]], str] | None = None  # what is wrong with the full shape
     label: Any = None  # what it is, for whoever passes it on
     beside: Beside | None = None  # what identifies its rows, and travels with it
-    shapes: list[tuple[int, ...]] | None = None
+    shapes: Shapes | None = None
     full: Tensor | Parts | None = None  # here, once it has arrived
 
     def complete(self, full: Tensor | Parts) -> None:
@@ -100,10 +102,14 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
     """
     items = [*(i.beside.item for i in items if i.beside is not None), *items]
     moving = [i for i in items if i.layout.moving_axes]
-    _exchange_shapes([i for i in moving if any(i.layout.ragged)], mesh)
+    asked = [i for i in moving if any(i.layout.ragged)]
+    if asked:
+        found = exchange_shapes([tuple(i.local.shape) for i in asked], mesh, asked[0].local.device)
+        for item, shapes in zip(asked, found, strict=True):
+            item.shapes = shapes
     for item in moving:
         if item.shapes is None:
-            item.shapes = [tuple(item.local.shape)] * mesh.size
+            item.shapes = Shapes([tuple(item.local.shape)], mesh.size)
     for item in items:
         problem = "" if item.check is None else item.check(_full_shape(item, mesh))
         if problem:
@@ -113,24 +119,27 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
             item.full = _as_dtensor(item, mesh)
         elif not item.layout.moving_axes and (item.mode == "all" or mesh.is_main):
             item.complete(item.local)
-    for mode in ("main", "all"):
-        for bucket in _buckets([i for i in moving if i.mode == mode]):
-            _move(bucket, mesh, mode, buffers)
+    for bucket in _buckets([i for i in moving if i.mode == "main"]):
+        _to_main(bucket, mesh, buffers)
+    for axes in dict.fromkeys(_lines(i, mesh) for i in moving if i.mode == "all"):
+        for bucket in _buckets([i for i in moving if i.mode == "all" and _lines(i, mesh) == axes]):
+            _to_all(bucket, mesh, buffers) if axes is None else _along_lines(bucket, axes, mesh, buffers)
     for item in items:  # in the order of the calls, whatever moved first
         if item.full is not None:
             item.put(item.full if item.beside is None else item.beside.join(item.full))
 
 
-def _exchange_shapes(items: Sequence[Item], mesh: ModelMesh) -> None:
-    if not items:
-        return
-    mine = [s for i in items for s in i.local.shape]
-    rows = all_gather_ints(mine, mesh.world, items[0].local.device)
-    start = 0
-    for item in items:
-        dims = item.local.dim()
-        item.shapes = [tuple(row[start : start + dims]) for row in rows]
-        start += dims
+def exchange_shapes(mine: Sequence[tuple[int, ...]], mesh: ModelMesh, device: torch.device) -> list[Shapes]:
+    """Everybody's shapes of several values; only those that differ between ranks are listed. Collective."""
+    low, high = extremes(torch.tensor([s for shape in mine for s in shape], dtype=torch.long), mesh.world, device)
+    ends = list(accumulate(map(len, mine)))
+    differs = [bool((low != high)[end - len(shape) : end].any()) for end, shape in zip(ends, mine, strict=True)]
+    sizes = [s for shape, uneven in zip(mine, differs, strict=True) if uneven for s in shape]
+    rows = [iter(row) for row in all_gather_ints(sizes, mesh.world, device)] if sizes else []
+    return [
+        Shapes([tuple(islice(row, len(shape))) for row in rows] if uneven else [shape], mesh.size)
+        for shape, uneven in zip(mine, differs, strict=True)
+    ]
 
 
 def _buckets(items: Sequence[Item]) -> list[list[Item]]:
@@ -138,7 +147,7 @@ def _buckets(items: Sequence[Item]) -> list[list[Item]]:
     size = _BUCKET + 1  # the first value opens the first bucket, be it empty
     for item in items:
         assert item.shapes is not None
-        width = max(prod(s) for s in item.shapes) * item.local.dtype.itemsize
+        width = item.shapes.largest * item.local.dtype.itemsize
         if size + width > _BUCKET or out[-1][0].local.device != item.local.device:
             out.append([])
             size = 0
@@ -149,26 +158,30 @@ def _buckets(items: Sequence[Item]) -> list[list[Item]]:
 
 def _bytes_of(item: Item, rank: int) -> int:
     assert item.shapes is not None
-    return prod(item.shapes[rank]) * item.local.dtype.itemsize
+    return int(prod(item.shapes[rank])) * item.local.dtype.itemsize
 
 
-def _move(bucket: Sequence[Item], mesh: ModelMesh, mode: str, buffers: Buffers) -> None:
-    """Every owner's bytes of the bucket to main, or to all, and there into full tensors."""
-    holders = [owners(mesh, item.layout) for item in bucket]
-    sizes = [sum(_bytes_of(i, r) for i, own in zip(bucket, holders, strict=True) if r in own) for r in range(mesh.size)]
-    me, main = mesh.ranks.index(mesh.rank), mesh.ranks.index(mesh.main)
-    mine = [to_bytes(i.local) for i, own in zip(bucket, holders, strict=True) if me in own]
-    payload = torch.cat(mine) if len(mine) > 1 else (mine[0] if mine else None)
-    if mode == "main":
-        received = _to_main(payload, sizes, me, main, mesh, buffers)
-    else:
-        received = _to_all(payload, sizes, mesh, bucket[0].local.device, buffers)
-    if received is None:
-        return
-    offsets = [0] * mesh.size
-    for item, own in zip(bucket, holders, strict=True):
+def _payload(bucket: Sequence[Item], mesh: ModelMesh) -> Tensor | None:
+    """What this rank has to give of a bucket."""
+    mine = [to_bytes(i.local) for i in bucket if owns(mesh, i.layout)]
+    return torch.cat(mine) if len(mine) > 1 else (mine[0] if mine else None)
+
+
+def _sizes(bucket: Sequence[Item], mesh: ModelMesh) -> dict[int, int]:
+    """Bytes of the bucket by the rank that has them to give."""
+    sizes: dict[int, int] = {}
+    for item in bucket:
+        for rank in owners(mesh, item.layout):
+            sizes[rank] = sizes.get(rank, 0) + _bytes_of(item, rank)
+    return sizes
+
+
+def _complete(bucket: Sequence[Item], received: dict[int, Tensor], mesh: ModelMesh) -> None:
+    """Ranks' bytes into full tensors."""
+    offsets = dict.fromkeys(received, 0)
+    for item in bucket:
         parts = {}
-        for rank in own:
+        for rank in owners(mesh, item.layout):
             assert item.shapes is not None
             width = _bytes_of(item, rank)
             chunk = received[rank][offsets[rank] : offsets[rank] + width]
@@ -177,54 +190,82 @@ def _move(bucket: Sequence[Item], mesh: ModelMesh, mode: str, buffers: Buffers) 
         item.complete(assemble(parts, item.layout, mesh))
 
 
-def _to_main(
-    payload: Tensor | None, sizes: Sequence[int], me: int, main: int, mesh: ModelMesh, buffers: Buffers
-) -> dict[int, Tensor] | None:
-    if me != main:
-        if payload is not None and sizes[me]:
-            dist.send(payload, group=mesh.world, group_dst=main)
-        return None
+def _to_main(bucket: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
+    payload = _payload(bucket, mesh)
+    if not mesh.is_main:
+        if payload is not None and payload.numel():
+            dist.send(payload, group=mesh.world, group_dst=mesh.group_rank(mesh.home))
+        return
     assert payload is not None
-    received, works = {me: payload}, []
-    for rank, size in enumerate(sizes):
-        if rank != me:
+    received, works = {mesh.me: payload}, []
+    for rank, size in _sizes(bucket, mesh).items():
+        if rank != mesh.me:
             received[rank] = buffers.take(rank, size, payload.device)
             if size:
                 works.append(dist.irecv(received[rank], group=mesh.world, group_src=rank))
     for work in works:
         if work is not None:
             work.wait()
-    return received
+    _complete(bucket, received, mesh)
 
 
-def _to_all(
-    payload: Tensor | None, sizes: Sequence[int], mesh: ModelMesh, device: torch.device, buffers: Buffers
-) -> dict[int, Tensor]:
-    width = max(sizes)
+def _to_all(bucket: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
+    """In one message between all ranks."""
+    sizes, payload, device = _sizes(bucket, mesh), _payload(bucket, mesh), bucket[0].local.device
+    width = max(sizes.values())
     mine = torch.zeros(width, dtype=torch.uint8, device=device)
     if payload is not None:
         mine[: payload.numel()] = payload
     out = buffers.take(-1, width * mesh.size, device)
     if width:
         all_gather_flat(out, mine, group=mesh.world)
-    return {rank: out[rank * width : rank * width + size] for rank, size in enumerate(sizes)}
+    _complete(bucket, {rank: out[rank * width : rank * width + size] for rank, size in sizes.items()}, mesh)
+
+
+def _lines(item: Item, mesh: ModelMesh) -> tuple[int, ...] | None:
+    """The axes along whose lines a value can be gathered, so that ranks with replicas send nothing to one another.
+
+    None: it takes all ranks anyway, or its parts differ in size.
+    """
+    assert item.shapes is not None
+    axes = item.layout.moving_axes
+    return axes if item.shapes.even and not item.layout.parted and len(axes) < len(mesh.axes) else None
+
+
+def _along_lines(bucket: Sequence[Item], axes: Sequence[int], mesh: ModelMesh, buffers: Buffers) -> None:
+    """Axis by axis, the innermost first, along this rank's own lines."""
+    values = [item.local for item in bucket]
+    for axis in reversed(axes):
+        mine = torch.cat([to_bytes(v) for v in values])
+        size, width = mesh.axes[axis].size, mine.numel()
+        rows = buffers.take(-1, size * width, mine.device)
+        if width:
+            all_gather_flat(rows, mine, group=mesh.group(axis))
+        start = 0
+        for i, (item, value) in enumerate(zip(bucket, values, strict=True)):
+            end = start + value.numel() * value.dtype.itemsize
+            parts = [from_bytes(row[start:end], value.shape, value.dtype) for row in rows.view(size, width)]
+            values[i] = merge(parts, item.layout.placements[axis])
+            start = end
+    for item, value in zip(bucket, values, strict=True):
+        item.complete(value)
 
 
 def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
-    """This rank's shard as a DTensor of the global shape, or its own part; nothing moves."""
+    """This rank's shard as a DTensor of the global shape, or its own part; nothing moves but zig-zag chunks, to
+    contiguous order."""
     if not mesh.axes:
         return item.local
     if item.layout.parted:
         return Parts((item.local,), ({mesh.names[i]: mesh.coordinate[i] for i in item.layout.parted},))
     shape = _full_shape(item, mesh)
-    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        item.local,
+        straighten(item.local, item.layout, mesh),
         mesh.device_mesh(item.local.device.type),
-        item.layout.placements,
+        straight_layout(item.layout).placements,
         run_check=False,
         shape=torch.Size(shape),
-        stride=stride,
+        stride=tuple(prod(shape[d + 1 :]) for d in range(len(shape))),
     )
 
 
@@ -234,12 +275,7 @@ def _full_shape(item: Item, mesh: ModelMesh) -> tuple[int, ...]:
         for axis, placement in enumerate(item.layout.placements):
             dim = shard_dim(placement)
             if dim is not None:
-                line = [r for r, c in enumerate(mesh.coordinates()) if _same_line(c, mesh.coordinate, axis)]
-                own = item.shapes[mesh.ranks.index(mesh.rank)][dim]
-                total = sum(item.shapes[r][dim] for r in line)
+                own = item.shapes[mesh.me][dim]
+                total = sum(item.shapes[r][dim] for r in mesh.line(axis))
                 shape[dim] = shape[dim] * total // own if own else total  # a rank may hold no rows
     return tuple(shape)
-
-
-def _same_line(a: Sequence[int], b: Sequence[int], axis: int) -> bool:
-    return all(x == y for i, (x, y) in enumerate(zip(a, b, strict=True)) if i != axis)

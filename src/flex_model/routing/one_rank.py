@@ -14,8 +14,8 @@ from torch.distributed.tensor import Replicate
 
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
-from flex_model.routing.assembly import Parts, assemble, owners, part_of
-from flex_model.routing.collectives import all_gather_ints
+from flex_model.routing.assembly import Parts, Shapes, assemble, owners, owns, part_of
+from flex_model.routing.delivery import exchange_shapes
 
 __all__ = ["OneRankRoute", "use_parameters"]
 
@@ -25,10 +25,11 @@ class OneRankRoute:
 
     def __init__(self, mesh: ModelMesh, layout: Layout, local: Tensor) -> None:
         self.mesh, self.layout = mesh, layout
-        self.shapes = [tuple(local.shape)] * mesh.size
-        if any(layout.ragged):
-            self.shapes = [tuple(r) for r in all_gather_ints(local.shape, mesh.world, local.device)]
-        self.me, self.main = mesh.ranks.index(mesh.rank), mesh.ranks.index(mesh.main)
+        mine = tuple(local.shape)
+        self.shapes = (
+            exchange_shapes([mine], mesh, local.device)[0] if any(layout.ragged) else Shapes([mine], mesh.size)
+        )
+        self.me, self.main = mesh.me, mesh.group_rank(mesh.home)
         self.here = self.me == self.main
 
     def unshard(self, local: Tensor) -> Tensor:
@@ -41,13 +42,13 @@ class OneRankRoute:
 
     def collect(self, local: Tensor) -> Tensor:
         """The full tensor on main, an empty one elsewhere."""
-        group, holders = self.mesh.world, owners(self.mesh, self.layout)
+        group = self.mesh.world
         if not self.here:
-            if self.me in holders and local.numel():
+            if owns(self.mesh, self.layout) and local.numel():
                 dist.send(local.detach().contiguous(), group=group, group_dst=self.main)
             return local.new_empty(0)
         parts = {self.me: local}
-        for rank in holders:
+        for rank in owners(self.mesh, self.layout):
             if rank != self.me:
                 parts[rank] = local.new_empty(self.shapes[rank])
                 if parts[rank].numel():
@@ -55,7 +56,7 @@ class OneRankRoute:
         full = assemble(parts, self.layout, self.mesh)
         if isinstance(full, Parts):
             raise ValueError(
-                f"the ranks' shapes {self.shapes} make no rectangle, so one rank cannot edit them together"
+                f"the ranks' shapes {list(self.shapes)} make no rectangle, so one rank cannot edit them together"
             )
         return full
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.layout.layout import Layout, merge_parts, my_part, shard_dim, split_factor
+from flex_model.layout.layout import Layout, fits, merge_parts, my_part, shard_dim, split_factor
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.collectives import all_gather_ints, all_gather_parts
 
@@ -166,7 +166,7 @@ class Route:
         shapes = [shape] * size
         if ragged and dim is not None:
             shapes = [tuple(row) for row in all_gather_ints(shape, group, local.device)]
-            if any(s[:dim] + s[dim + 1 :] != shape[:dim] + shape[dim + 1 :] for s in shapes):
+            if not fits(placement, shapes):
                 return None
         native = (
             self.mesh.axes[axis].kind == "tensor"

@@ -153,7 +153,7 @@ def resolve(lines: Sequence[Tensor], coordinates: Sequence[Mapping[str, int]], m
     first = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
     at = {
         rank: i
-        for rank, place in zip(mesh.ranks, mesh.coordinates(), strict=True)
+        for rank, place in zip(mesh.ranks, map(mesh.coordinate_of, range(mesh.size)), strict=True)
         for i, c in enumerate(coordinates)
         if all(dict(zip(mesh.names, place, strict=True))[n] == at for n, at in c.items())
     }

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
-from flex_model.layout.layout import Layout, shard_dim, split_factor
+from flex_model.layout.layout import Layout, on_dim, shard_dim
 
 __all__ = ["Selection"]
 
@@ -83,8 +81,7 @@ class Selection:
         for axis in layout.sharded_axes:
             dim = shard_dim(placements[axis])
             assert dim is not None
-            factor = split_factor(placements[axis])
-            placements[axis] = Shard(kept[dim]) if factor == 1 else _StridedShard(kept[dim], split_factor=factor)
+            placements[axis] = on_dim(placements[axis], kept[dim])
         return replace(layout, placements=tuple(placements))
 
 

@@ -1,0 +1,94 @@
+"""What one rank pays for layouts at 2 to 1,024 ranks: 1,000 sites on a mesh of up to five axes, in a world that is not
+there (torch's ``fake`` process group). CPU seconds of this rank, and the most memory its Python objects took.
+
+    python benchmarks/scale.py [--sites 1000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from fake_world import Deep, fake_world, inputs, mesh_of, python_memory, spread
+
+from flex_model import FlexModel
+from flex_model.core import inference
+
+GRIDS = ((1, 1, 1, 1, 2), (1, 2, 1, 1, 4), (2, 2, 2, 2, 2), (4, 4, 2, 2, 4), (4, 4, 4, 4, 4))
+
+
+def _timed(spent: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[name] += time.process_time() - start
+
+    return run
+
+
+def measure(grid: tuple[int, ...], sites: int, rank: int = 1) -> dict[str, float]:
+    """Seconds by part, and MiB."""
+    spent: dict[str, float] = defaultdict(float)
+    kept = inference.claim, inference.settle, inference.probe_batch, inference.Twin.shapes
+    inference.claim = _timed(spent, "claims", inference.claim)
+    inference.settle = _timed(spent, "settling", inference.settle)
+    inference.probe_batch = _timed(spent, "probe", inference.probe_batch)
+    inference.Twin.shapes = _timed(spent, "twin", inference.Twin.shapes)  # type: ignore[method-assign]
+    try:
+        return _measure(grid, sites, rank, spent)
+    finally:
+        inference.claim, inference.settle, inference.probe_batch, inference.Twin.shapes = kept  # type: ignore
+
+
+def _measure(grid: tuple[int, ...], sites: int, rank: int, spent: dict[str, float]) -> dict[str, float]:
+    ranks = int(torch.tensor(grid).prod())
+    with fake_world(ranks, rank % ranks), torch.no_grad():
+        mesh = mesh_of(grid)
+        fm = FlexModel(spread(Deep(sites, 8 * max(grid)), mesh), mesh=mesh)
+        _timed(spent, "groups", fm._runtime.mesh.prepare)()
+        mine = inputs(mesh)
+        _timed(spent, "forward", fm.module)(*mine)
+        for memory in (False, True):
+            fm._runtime.refresh()
+            fm._runtime.mesh.prepare()
+            with fm.capture("layers.*", deliver="main"):
+                if memory:
+                    kept = dict(spent)
+                    with python_memory() as peak:
+                        fm(*mine)
+                    spent.clear()
+                    spent.update(kept)
+                else:
+                    fm(*mine)
+                    plan = _timed(spent, "plan", fm.plan)()
+                    assert len(plan) == sites and not any(row.refusal for row in plan)
+        return {"ranks": ranks, **spent, "MiB": peak[0] / 2**20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sites", type=int, default=1000)
+    sites = parser.parse_args().sites
+    torch.set_num_threads(1)
+    measure(GRIDS[0], 10)  # what is made once
+    rows = [measure(grid, sites) for grid in GRIDS]
+    columns = ["ranks", "forward", "probe", "twin", "claims", "settling", "plan", "groups", "MiB"]
+    print(f"{sites} sites; each probe (batch, sequence) is two forwards of the model, the twin two on the meta device")
+    print("".join(f"{c:>10}" for c in columns))
+    for row in rows:
+        print(f"{row['ranks']:10.0f}" + "".join(f"{row.get(c, 0):10.3f}" for c in columns[1:]))
+
+
+if __name__ == "__main__":
+    main()
