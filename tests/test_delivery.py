@@ -208,7 +208,7 @@ def _read_only(engine: str) -> list[str]:
         placed = engines.place(engine, models.net())
         fm = FlexModel(placed.model)
         if hooked:
-            for name in fm.wrapped_module_names[1:]:
+            for name in dict.fromkeys(row.name for row in fm.sites() if row.name):
                 fm.register_forward_hook(HookFunction(name))
         output = fm(placed.mine(models.tokens()))
         engines.local_loss(engine, output).backward()
