@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flex_model.core.globs import Pattern, glob_to_regex
 from flex_model.core.hook_function import Site
-from flex_model.core.names import Pattern, glob_to_regex
 from flex_model.errors import DeliveryError, NameNotFoundError
 from flex_model.routing.assembly import Parts
 from flex_model.routing.rows import Rows

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.captured import Captured
+from flex_model.core.globs import Pattern
 from flex_model.core.groups import ALL
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType
-from flex_model.core.names import Pattern
 from flex_model.core.register import bind, capture_bounds
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
 from flex_model.core.runtime import Runtime

@@ -9,20 +9,18 @@ takes it once, under the first name that matches.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from flex_model.core.adapters import has_two_sets, plain_layer, wrapped_model
+from flex_model.core.globs import Pattern, glob_to_regex
+from flex_model.core.stage_names import StageNames, StageTable
 from flex_model.engines import wrapped
 from flex_model.errors import NameNotFoundError
 
-__all__ = ["Names", "Pattern", "StageTable", "glob_to_regex"]
-
-Pattern = str | Iterable[str] | Callable[[str], bool]
+__all__ = ["Names"]
 
 # The one child of a wrapper, by the attribute that holds it.
 _WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
@@ -67,44 +65,8 @@ def _goes_through(name: str, longer: str) -> bool:
     return all(part in parts for part in name.split("."))
 
 
-def glob_to_regex(pattern: str) -> re.Pattern[str]:
-    """``*`` and ``?`` stay within one part of a dotted name, ``**`` crosses dots, ``[01]`` is a set.
-
-    >>> bool(glob_to_regex("layers.*.mlp").fullmatch("layers.3.mlp"))
-    True
-    >>> bool(glob_to_regex("layers.*").fullmatch("layers.3.mlp"))
-    False
-    """
-    out = []
-    for token in re.findall(r"\*\*|\*|\?|\[[^\]]*\]|.", pattern):
-        if token == "**":
-            out.append(".*")
-        elif token == "*":
-            out.append("[^.]*")
-        elif token == "?":
-            out.append("[^.]")
-        elif token.startswith("[") and len(token) > 1:
-            out.append(token.replace("[!", "[^", 1))
-        else:
-            out.append(re.escape(token))
-    return re.compile("".join(out))
-
-
 def _nowhere(_: nn.Module) -> bool:
     return False
-
-
-@dataclass(frozen=True, slots=True)
-class StageTable:
-    """The names on one pipeline stage, as its ranks tell the others."""
-
-    stage: int
-    coordinate: int  # of its ranks, along the stage axis
-    modules: Mapping[str, str]  # clean name -> class
-    parameters: Mapping[str, bool]  # clean name -> requires a gradient
-    silent: frozenset[str] = frozenset()  # modules that never fire
-    same: Mapping[str, str] = field(default_factory=dict)  # another name of a module -> its first
-    tied: Mapping[str, str] = field(default_factory=dict)  # the same of parameters
 
 
 class Names:
@@ -125,8 +87,7 @@ class Names:
         self.modules: dict[str, nn.Module] = {}
         self.parameters: dict[str, tuple[nn.Module, str]] = {}  # clean name -> (owner, attribute)
         self.places: dict[str, dict[int, nn.Module]] = {}  # clean name -> this rank's modules of that name by stage
-        self.tables: list[StageTable] = []  # of all stages of a pipeline, in order
-        self._everywhere: dict[str, dict[str, None]] = {}
+        self.stages = StageNames()
         self._absent, self._renamed = absent, dict(renamed or {})
         self._holders: dict[str, nn.Parameter] = {}  # of parameters that an engine keeps elsewhere
         self._spellings: dict[str, str] = {}
@@ -248,54 +209,22 @@ class Names:
 
     def learn(self, tables: Iterable[StageTable]) -> None:
         """The tables of all stages."""
-        self.tables = sorted(tables, key=lambda t: t.stage)
-        self._everywhere = {
-            "module": dict.fromkeys(n for t in self.tables for n in t.modules),
-            "parameter": dict.fromkeys(n for t in self.tables for n in t.parameters),
-        }
-        self.other_names = {n: first for t in self.tables for n, first in t.same.items()}
+        self.stages = StageNames(tables)
 
     def check_collisions(self) -> None:
-        """Slices that count their layers from 0 have the same names; only the user knows the plain model's."""
-        seen: dict[str, int] = {}
-        counts: dict[str, int] = {}
-        renames: dict[str, str] = {}
+        """Raises if two stages have the same names."""
         here = {stage for there in self.places.values() for stage in there}
-        twice = ""
-        for table in self.tables:
-            for name in table.parameters:
-                if seen.setdefault(name, table.stage) != table.stage and name not in self._renamed.values():
-                    twice = twice or f"stages {seen[name]} and {table.stage} both have {name!r}"
-            lists = [n for n, kind in table.modules.items() if kind in ("ModuleList", "Sequential")]
-            for owner in lists:
-                inner = [n for n in table.modules if n.rpartition(".")[0] == owner and n.rpartition(".")[2].isdigit()]
-                if table.stage in here:
-                    renames |= {n: f"{owner}.{counts.get(owner, 0) + i}" for i, n in enumerate(inner)}
-                counts[owner] = counts.get(owner, 0) + len(inner)
-        if twice:
-            raise NameNotFoundError(
-                f"{twice}, so names do not tell which module is meant. Slice the model so that its parts keep their "
-                f"names, or give the plain model's: FlexModel(..., names={{this rank's name: plain name}}); if each "
-                f"stage goes on counting where the one before ended, names={renames} on this rank."
-            )
+        self.stages.check_collisions(self._renamed.values(), here)
 
     def everywhere(self, of: str = "module") -> list[str]:
         """All clean names, those of other stages included, in the model's order."""
-        return list(self._everywhere.get(of) or (self.modules if of == "module" else self.parameters))
-
-    def holder(self, name: str, side: str) -> StageTable | None:
-        """The stage a site is on, None without a pipeline. A module that stages share, such as the model itself, gets
-        its input on the first of them and gives its output on the last."""
-        having = [t for t in self.tables if name in (t.parameters if side == "param" else t.modules)]
-        real = [t for t in having if t.modules.get(name) != "Identity"]  # else it only fills a place
-        having = real or having
-        return having[-1 if side == "out" else 0] if having else None
+        return list(self.stages.all(of) or (self.modules if of == "module" else self.parameters))
 
     def module_of(self, name: str, side: str) -> nn.Module | None:
         """The module of a site; None where it is on another stage."""
-        if not self.tables:
+        if not self.stages:
             return self.parameters[name][0] if side == "param" else self.modules[name]
-        table = self.holder(name, side)
+        table = self.stages.holder(name, side)
         if table is None:
             return None
         if side == "param":
@@ -304,14 +233,13 @@ class Names:
 
     def class_of(self, name: str) -> str:
         """The class of a module, wherever it is."""
-        there = next((t.modules[name] for t in self.tables if name in t.modules), None)
-        return there if there is not None else type(self.modules[name]).__name__
+        return self.stages.class_of(name) or type(self.modules[name]).__name__
 
     # -- spellings ---------------------------------------------------------------------------------------------
     def requires_grad(self, name: str) -> bool:
         """Whether the parameter of this clean name will have a gradient."""
         if name not in self.parameters:
-            return any(t.parameters.get(name, False) for t in self.tables)
+            return self.stages.requires_grad(name)
         owner, attribute = self.parameters[name]
         parameter = self._holders.get(name, owner._parameters.get(attribute))
         return parameter is not None and parameter.requires_grad
@@ -339,7 +267,7 @@ class Names:
     def clean(self, name: str, *, of: str = "module") -> str:
         """The clean name of ``name`` in any spelling; raises NameNotFoundError with the closest names."""
         spellings = self._spellings if of == "module" else self._parameter_spellings
-        plain = self._everywhere.get(of, {})  # of all stages; a slice's own names come after
+        plain = self.stages.all(of)  # a slice's own names come after
         found = next((n for n in (name, self.strip(name)) if n in plain), None)
         if found is None:
             found = spellings.get(name, spellings.get(self._relative(name)))
@@ -399,10 +327,10 @@ class Names:
 
     def others(self, of: str) -> Mapping[str, str]:
         """{another name of a module or parameter: its first name}."""
-        if of == "module":
-            return self.other_names
-        return {n: f for t in self.tables for n, f in t.tied.items()} if self.tables else self._tied_names
+        if self.stages:
+            return self.stages.others(of)
+        return self.other_names if of == "module" else self._tied_names
 
     def never_fires(self, name: str) -> bool:
-        having = [t for t in self.tables if name in t.modules]
-        return all(name in t.silent for t in having) if having else _never_fires(self.modules[name])
+        told = self.stages.never_fires(name)
+        return _never_fires(self.modules[name]) if told is None else told

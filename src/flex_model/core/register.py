@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from flex_model.core.bound import Bound, Sink
 from flex_model.core.captured import Captured
+from flex_model.core.globs import Pattern
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType, Site, adapt_editing_function
 from flex_model.core.in_place import may_write
-from flex_model.core.names import Pattern
 from flex_model.errors import RegistrationError
 from flex_model.layout.layout import parse_layout
 from flex_model.layout.mesh import ModelMesh
@@ -168,7 +168,7 @@ def capture_bounds(
     elsewhere = (
         "" if deliver != "main" or runtime.whole.is_main else f"deliver='main' sent it to rank {runtime.whole.main}."
     )
-    acts = Captured([key for key, _ in found], elsewhere, runtime.names.other_names if of == "module" else {})
+    acts = Captured([key for key, _ in found], elsewhere, runtime.names.others("module") if of == "module" else {})
     values, gradients = _ValueSink(acts), _GradientSink(acts)
     bounds = []
     for key, clean in found:

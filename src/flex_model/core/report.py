@@ -93,9 +93,9 @@ def site_rows(runtime: Runtime) -> list[SiteRow]:
         known.setdefault((spot.name, spot.side), []).append(row)
     rows = []
     for name in runtime.names.everywhere():
-        first = runtime.names.other_names.get(name, "")
+        first = runtime.names.others("module").get(name, "")
         for side in ("in", "out") if not runtime.names.never_fires(name) else ():
-            holder = runtime.names.holder(name, side)
+            holder = runtime.names.stages.holder(name, side)
             evidence = "" if holder is None else f"on stage {holder.stage}"
             plain = SiteRow(name, runtime.names.class_of(name), side, evidence=evidence)
             rows += [replace(r, same_as=first) for r in known.get((name, side)) or [plain]]

@@ -146,7 +146,7 @@ class Runtime:
         if self._engine_mark() != self._mark:
             self.refresh()
         axis = self.whole.stage_axis
-        if axis is not None and not self.names.tables:
+        if axis is not None and not self.names.stages:
             self.whole.prepare()
             tables = all_gather_objects(self.names.table(self.whole.stage), self.whole.group(axis))
             self.names.learn([t for theirs in tables for t in theirs])

@@ -142,10 +142,10 @@ class Steps:
         """The way of ``save_ctx`` between stages, if hooks on several of them use it."""
         names = self.runtime.names
         using = [b for b in self.runtime.bounds if b.enabled and b.uses_context]
-        holders = [names.holder(b.name, b.side) for b in using]
+        holders = [names.stages.holder(b.name, b.side) for b in using]
         if len({h.stage for h in holders if h is not None}) < 2:
             return None
-        return Messages(self.runtime.whole, [t.coordinate for t in names.tables], microbatches)
+        return Messages(self.runtime.whole, [t.coordinate for t in names.stages.tables], microbatches)
 
     # -- within a step -----------------------------------------------------------------------------------------
     def keep(self, call: ActiveCall) -> None:

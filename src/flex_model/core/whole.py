@@ -28,7 +28,7 @@ def full_output(runtime: Runtime, output: Any) -> Any:
     runtime.look()
     if not runtime.engines.parts:
         return _unsharded(runtime, output)
-    last = runtime.names.tables[-1]
+    last = runtime.names.stages.tables[-1]
     here = last.coordinate == runtime.whole.stage
     return from_stage(runtime, last.coordinate, _unsharded(runtime, output) if here else None)
 
@@ -83,7 +83,7 @@ def _unsharded(runtime: Runtime, output: Any) -> Any:
 
 def full_parameter(runtime: Runtime, name: str) -> Tensor:
     """A full parameter on every rank, whichever stage has it. Collective."""
-    holder = runtime.names.holder(name, "param")
+    holder = runtime.names.stages.holder(name, "param")
     if holder is None:
         return runtime.engines.full_parameter(*runtime.names.parameters[name])
     here = runtime.names.module_of(name, "param") is not None
