@@ -182,6 +182,36 @@ def test_flexmodel_as_the_stage_itself() -> None:
     run_world(2, _trainable_in_stage)
 
 
+def _checkpoint(schedule: str, path: str) -> None:
+    """torch.distributed.checkpoint: the plain model's keys of all stages, and the trainable modules."""
+    import torch.distributed.checkpoint as dcp
+
+    def fresh(seed: int) -> FlexModel:
+        torch.manual_seed(seed)
+        whole = models.Net(layers=LAYERS)
+        pipe = Pipe(whole, schedule)
+        fm = FlexModel(pipe.module)
+        kept.append((whole, pipe.schedule()))
+        fm.register_trainable_module("probe", nn.Linear(8, 8))
+        return fm
+
+    kept: list[Any] = []
+    saved, loaded = fresh(1), fresh(2)
+    dcp.save(saved.state_dict(), checkpoint_id=path)
+    keys = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+    assert keys == {*kept[0][0].state_dict(), "trainable_modules.probe.weight", "trainable_modules.probe.bias"}
+    state = loaded.state_dict()
+    dcp.load(state, checkpoint_id=path)
+    loaded.load_state_dict(state)
+    mine, theirs = dict(loaded.named_parameters()), dict(saved.named_parameters())
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_checkpoints(schedule: str, tmp_path: Any) -> None:
+    run_world(2, _checkpoint, schedule, str(tmp_path / "checkpoint"))
+
+
 # -- save_ctx over stages ------------------------------------------------------------------------------------------
 def _save_ctx(schedule: str) -> None:
     plain, seen, backward = models.net(layers=LAYERS), [], []

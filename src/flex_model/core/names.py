@@ -93,6 +93,7 @@ class Names:
         self._spellings: dict[str, str] = {}
         self._parameter_spellings: dict[str, str] = {}
         self._state: dict[str, str] = {}  # prefix of plain keys -> that in the wrapped model's state_dict
+        self._plain_of: dict[str, str] = {}  # the inverse, of all stages' modules here
         self._plain: dict[str, str] = {}  # raw module name -> what the names of its parameters begin with
         self._prefixes: dict[str, str] = {}  # the same by clean module name
         self._tied: dict[tuple[int, str], tuple[int, str]] = {}  # (id of an owner, attribute) -> the first such place
@@ -135,6 +136,7 @@ class Names:
     def _add_module(self, module: nn.Module, clean: str, raw: str, state: str, plain: str, stage: int) -> None:
         if plain != clean or plain not in self._state:
             self._state[plain] = state
+        self._plain_of[state] = plain
         self._spellings.setdefault(clean, clean)
         self._prefixes.setdefault(clean, plain)
         self.modules.setdefault(clean, module)
@@ -252,8 +254,7 @@ class Names:
 
     def plain_key(self, key: str) -> str:
         """A key of the wrapped model's state_dict as the plain model has it."""
-        inverse = {state: clean for clean, state in self._state.items()}
-        return _moved(key, inverse)
+        return _moved(key, self._plain_of)
 
     def wrapped_key(self, key: str) -> str:
         """The inverse of ``plain_key``."""

@@ -141,10 +141,15 @@ class Runtime:
         self.device_of_values = torch.device(first)
         self.on_one_device = len(devices) <= 1
 
-    def look(self) -> None:
-        """Learn of engines applied since and of other stages' names. Collective where there are any."""
+    def notice(self) -> None:
+        """Look at the model anew if an engine was applied, or removed, since the last look."""
         if self._engine_mark() != self._mark:
             self.refresh()
+            self._install_parameters()
+
+    def look(self) -> None:
+        """Learn of engines applied since and of other stages' names. Collective where there are any."""
+        self.notice()
         axis = self.whole.stage_axis
         if axis is not None and not self.names.stages:
             self.whole.prepare()
@@ -273,9 +278,8 @@ class Runtime:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             refuse_transform([b.where for b in self.bounds if b.enabled and (self.whole.axes or b.sink is not None)])
         step = self.steps.now
-        if step is None and self._engine_mark() != self._mark:
-            self.refresh()
-            self._install_parameters()
+        if step is None:
+            self.notice()
             self._install_watches()
         index = self.calls if step is None else step.index
         self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)

@@ -53,6 +53,7 @@ def _forward(module: nn.Module) -> Callable[..., Any]:
 
 def plain_keys(module: Any, state: dict[str, Any], prefix: str, _: Any) -> dict[str, Any]:
     """state_dict hook: the plain model's keys, without ``module.`` and what engines add."""
+    module._runtime.notice()
     inner = f"{prefix}module."
     for key in [k for k in state if k.startswith(inner)]:
         state[prefix + module._runtime.names.plain_key(key[len(inner) :])] = state.pop(key)
@@ -61,6 +62,7 @@ def plain_keys(module: Any, state: dict[str, Any], prefix: str, _: Any) -> dict[
 
 def wrapped_keys(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """load_state_dict hook: the inverse."""
+    module._runtime.notice()
     own = f"{prefix}trainable_modules."
     for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
         state[f"{prefix}module.{module._runtime.names.wrapped_key(key[len(prefix) :])}"] = state.pop(key)
