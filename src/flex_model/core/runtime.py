@@ -146,6 +146,7 @@ class Runtime:
         if self._engine_mark() != self._mark:
             self.refresh()
             self._install_parameters()
+            self._install_watches()
 
     def look(self) -> None:
         """Learn of engines applied since and of other stages' names. Collective where there are any."""
@@ -280,7 +281,6 @@ class Runtime:
         step = self.steps.now
         if step is None:
             self.notice()
-            self._install_watches()
         index = self.calls if step is None else step.index
         self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
