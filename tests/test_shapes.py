@@ -386,3 +386,21 @@ def _order_unseen() -> str:
 
 def test_rows_that_repeat_show_no_order() -> None:
     assert all("repeat themselves" in said or "do not follow" in said for said in run_world(2, _order_unseen))
+
+
+def _parts_kept() -> list[bool]:
+    """Parts are copies: what is delivered later, through the same buffers, does not change them."""
+    fm = FlexModel(engines.place("ddp", models.net()).model)
+    kept = []
+    with fm.capture("layers.0") as acts:
+        for seed in range(2):
+            torch.manual_seed(seed)
+            fm(torch.randint(0, 32, (2, 4 + dist.get_rank())))
+            fm.flush()
+            value = acts.calls("layers.0")[-1]
+            kept.append((value, [t.clone() for t in value.tensors]))
+    return [torch.equal(a, b) for value, copies in kept for a, b in zip(value.tensors, copies, strict=True)]
+
+
+def test_parts_are_copies() -> None:
+    assert run_world(2, _parts_kept) == [[True] * 4] * 2

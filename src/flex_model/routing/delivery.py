@@ -187,7 +187,10 @@ def _complete(bucket: Sequence[Item], received: dict[int, Tensor], mesh: ModelMe
             chunk = received[rank][offsets[rank] : offsets[rank] + width]
             parts[rank] = from_bytes(chunk, item.shapes[rank], item.local.dtype)
             offsets[rank] += width
-        item.complete(assemble(parts, item.layout, mesh))
+        whole = assemble(parts, item.layout, mesh)
+        if isinstance(whole, Parts):  # as they lie in the buffers, which the next message will use
+            whole = replace(whole, tensors=tuple(t.clone() for t in whole.tensors))
+        item.complete(whole)
 
 
 def _to_main(bucket: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
