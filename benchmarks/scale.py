@@ -40,15 +40,15 @@ def _timed(spent: dict[str, float], name: str, function: Callable[..., Any]) -> 
 def measure(grid: tuple[int, ...], sites: int, rank: int = 1) -> dict[str, float]:
     """Seconds by part, and MiB."""
     spent: dict[str, float] = defaultdict(float)
-    kept = inference.claim, inference.settle, inference.probe_batch, inference.Twin.shapes
+    kept = inference.claim, inference.settle, inference.probe, inference.Twin.shapes
     inference.claim = _timed(spent, "claims", inference.claim)
     inference.settle = _timed(spent, "settling", inference.settle)
-    inference.probe_batch = _timed(spent, "probe", inference.probe_batch)
+    inference.probe = _timed(spent, "probe", inference.probe)
     inference.Twin.shapes = _timed(spent, "twin", inference.Twin.shapes)  # type: ignore[method-assign]
     try:
         return _measure(grid, sites, rank, spent)
     finally:
-        inference.claim, inference.settle, inference.probe_batch, inference.Twin.shapes = kept  # type: ignore
+        inference.claim, inference.settle, inference.probe, inference.Twin.shapes = kept  # type: ignore
 
 
 def _measure(grid: tuple[int, ...], sites: int, rank: int, spent: dict[str, float]) -> dict[str, float]:
