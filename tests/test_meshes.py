@@ -115,7 +115,14 @@ def check(kind: str, schedule: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "schedule"), [("pp_tp", "1f1b"), ("pp_ddp", "gpipe"), ("pp_fsdp", "1f1b"), ("pp_fsdp", "interleaved")]
+    ("kind", "schedule"),
+    [
+        ("pp_tp", "1f1b"),
+        ("pp_ddp", "gpipe"),
+        ("pp_ddp", "interleaved"),
+        ("pp_fsdp", "1f1b"),
+        ("pp_fsdp", "interleaved"),
+    ],
 )
 def test_four_ranks(kind: str, schedule: str) -> None:
     check(kind, schedule, 4)

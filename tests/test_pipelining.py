@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction
-from flex_model.errors import EditError, FlexModelError, LayoutError, NameNotFoundError
+from flex_model.errors import DeliveryError, EditError, FlexModelError, LayoutError, NameNotFoundError
 
 LAYERS, BATCH = 4, 8
 
@@ -384,9 +384,14 @@ def _late() -> None:
     assert {n: v[0].shape for n, v in fm.output_ptr.items()} == {"emb": (BATCH, 6, 8), "head": (BATCH, 6, 32)}
     assert sum(r.fired for r in fm.hooks()) == pipe.microbatches  # of this rank's hook, and not of shape inference
     assert {"emb", "head", "layers.0.mlp.act", "layers.3"} <= set(fm.wrapped_module_names)
+    with fm.capture("emb", "head", deliver="local") as acts:
+        step(run, tokens())
+    assert list(acts) == [own]
+    with pytest.raises(DeliveryError, match="on the ranks of its stage"):
+        _ = acts["head" if own == "emb" else "emb"]
     assert fm.restore() is pipe.module
     step(run, tokens())
-    assert len(fm.output_ptr["emb"]) == 1
+    assert len(fm.output_ptr["emb"]) == 2
 
 
 def test_stages_made_late() -> None:

@@ -165,9 +165,11 @@ def capture_bounds(
     found = list({clean: (key, clean) for key, clean in reversed(found)}.values())[::-1]
     if hook_type == "tensor":
         found = [(k, c) for k, c in found if runtime.names.requires_grad(c)] or found
-    elsewhere = (
-        "" if deliver != "main" or runtime.whole.is_main else f"deliver='main' sent it to rank {runtime.whole.main}."
-    )
+    elsewhere = ""
+    if deliver == "main" and not runtime.whole.is_main:
+        elsewhere = f"deliver='main' sent it to rank {runtime.whole.main}."
+    elif deliver == "local" and runtime.whole.stage_axis is not None:
+        elsewhere = "deliver='local' leaves a value on the ranks of its stage."
     acts = Captured([key for key, _ in found], elsewhere, runtime.names.others("module") if of == "module" else {})
     values, gradients = _ValueSink(acts), _GradientSink(acts)
     bounds = []

@@ -112,7 +112,10 @@ class Runtime:
     def refresh(self) -> None:
         """Look at the model anew: names, engines, mesh. Layouts found before are forgotten."""
         refuse_unsupported(self.module)
-        self.engines = Engines([self.outermost, self.module, Names(self.module).root], getattr(self, "engines", None))
+        root = Names(self.module).root
+        parts_of_rank = root.children() if isinstance(root, nn.ModuleList) else ()  # wrapped each for itself
+        nested = [self.outermost, self.module, root, *parts_of_rank]
+        self.engines = Engines(nested, getattr(self, "engines", None))
         self.whole: ModelMesh = self.engines.mesh(self.given_mesh, timeout=self.timeout, mean=self.mean)
         parts = {s: self.module if p is self.outermost else p for s, p in self.engines.parts.items()}
         parts = parts or {self.whole.stage: self.module}
