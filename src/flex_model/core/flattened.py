@@ -7,28 +7,17 @@ long. Apart, they are plain shards of one dim each, whatever the lengths.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from flex_model.routing.assembly import Parts
-
-__all__ = ["check", "finish", "parts"]
+__all__ = ["check", "finish"]
 
 
 def finish(then: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
-    """What is done to the whole value at its end: flatten, then a selection if there is one."""
+    """What is done to a whole value, or to each part of one without: flatten, then a selection if there is one."""
     return lambda full: full.flatten(0, 1) if then is None else then(full.flatten(0, 1))
 
 
 def check(of: Callable[[tuple[int, ...]], str] | None) -> Callable[[tuple[int, ...]], str] | None:
     """A check of the flattened shape."""
     return None if of is None else lambda shape: of((shape[0] * shape[1], *shape[2:]))
-
-
-def parts(value: Any) -> Any:
-    """Parts, each flattened; anything else was as a whole."""
-    if isinstance(value, Parts):
-        return replace(value, tensors=tuple(t.flatten(0, 1) for t in value.tensors))
-    return value

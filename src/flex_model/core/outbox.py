@@ -188,7 +188,7 @@ class Outbox:
             finish, check = flattened.finish(finish), flattened.check(check)
 
         def put(full: Any) -> None:
-            give(sink, key, flattened.parts(full) if bound.apart else full, self._kept)
+            give(sink, key, full, self._kept)
 
         label = (bound, key, staged.gradient)
         item = Item(bound.where, local, layout, bound.deliver, put, scale, finish, check, label)
