@@ -199,7 +199,7 @@ class Inference:
             sharding=self._sharding,
             expected_shape=expected,
             unknown=""
-            if len(spot.override) == len(self.mesh.axes)
+            if parted or len(spot.override) == len(self.mesh.axes)
             else self.engines.unknown(module, spot.side, spot.index),
             late=self._on_axes(self.engines.late_gradients(module, spot.side, spot.index)),
             order=lambda dim, size: (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
@@ -31,10 +31,12 @@ from flex_model.engines.megatron_layers import (
     sums_later,
     tensor_group,
 )
+from flex_model.engines.megatron_rows import row_sources
 from flex_model.errors import LayoutError, MeshError
 from flex_model.layout.layout import merge_parts
 from flex_model.layout.mesh import Axis, AxisKind
 from flex_model.routing.collectives import all_gather_parts
+from flex_model.routing.rows import RowSource
 from flex_model.trees import first_tensor
 
 __all__ = ["MegatronEngine"]
@@ -177,6 +179,10 @@ class MegatronEngine(Engine):
         ranks = {axis.kind: axis.ranks for axis in self.axes}
         here = (dist.get_rank(),)
         return Mixtures(self.module, ranks.get("tensor", here), ranks.get("data", here))
+
+    @cached_property
+    def row_sources(self) -> Sequence[RowSource]:
+        return row_sources(self.module, self._mixtures.tensor)
 
     def unknown(self, module: nn.Module, side: str, index: int) -> str:
         return self._mixtures.unknown(module)

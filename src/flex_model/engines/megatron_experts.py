@@ -27,7 +27,7 @@ class Mixtures:
     """The mixtures of experts of one model. ``tensor`` and ``data`` are the ranks along the model's axes."""
 
     def __init__(self, model: nn.Module, tensor: Line, data: Line) -> None:
-        self._tensor, self._data = tensor, data
+        self.tensor, self._data = tensor, data
         layers: list[Any] = [m for m in model.modules() if is_a(m, "MoELayer")]
         self._inside = {id(m): layer for m, layer in inside_experts(model).items()}
         self._routers = {id(layer.router): layer for layer in layers}
@@ -47,7 +47,7 @@ class Mixtures:
     def own_tokens(self, module: nn.Module) -> bool:
         """Whether the experts are whole on every tensor rank, and run on the tokens of its part of the sequence."""
         layer = self._inside.get(id(module))
-        return layer is not None and self._tensor != _line(layer.experts.tp_group) and layer.config.sequence_parallel
+        return layer is not None and self.tensor != _line(layer.experts.tp_group) and layer.config.sequence_parallel
 
     def unknown(self, module: nn.Module) -> str:
         """Why the rows of a value inside experts have no whole; "" where they have."""
@@ -58,7 +58,7 @@ class Mixtures:
             return f"{rows}, and other ranks have other experts by this name"
         if len(self._data) > 1:
             return f"{rows}, of this rank's part of the batch, sorted by expert"
-        if len(self._tensor) > 1 and self._tensor != _line(self._inside[id(module)].experts.tp_group):
+        if len(self.tensor) > 1 and self.tensor != _line(self._inside[id(module)].experts.tp_group):
             return f"{rows}, of this rank's part of the sequence, sorted by expert"
         return ""
 
@@ -66,20 +66,20 @@ class Mixtures:
         """How the features of rows at experts lie, and the rows that a router has."""
         if id(module) in self._routers and side == "out":  # with the sequence and the batch apart
             parts = self._routers[id(module)].config.sequence_parallel
-            return {self._data: Shard(1), self._tensor: Shard(0) if parts else Replicate()}
-        if len(self._tensor) == 1:
+            return {self._data: Shard(1), self.tensor: Shard(0) if parts else Replicate()}
+        if len(self.tensor) == 1:
             return {}
         if id(module) not in self._inside or self.unknown(module):
             return {}
         if is_a(module, "ColumnParallelLinear"):
-            return {self._tensor: Replicate() if side == "in" else _features(module)}
+            return {self.tensor: Replicate() if side == "in" else _features(module)}
         if is_a(module, "RowParallelLinear") and side == "in":
-            return {self._tensor: Shard(-1)}
-        return {self._tensor: Replicate() if side == "in" else Partial("sum")}
+            return {self.tensor: Shard(-1)}
+        return {self.tensor: Replicate() if side == "in" else Partial("sum")}
 
     def late_gradients(self, module: nn.Module, side: str) -> bool:
         """Whether ranks meet parts of the gradient of a value that they all have: the tokens, before they are run."""
-        inside = id(module) in self._inside and not self.unknown(module) and len(self._tensor) > 1
+        inside = id(module) in self._inside and not self.unknown(module) and len(self.tensor) > 1
         return inside and side == "in" and not is_a(module, "RowParallelLinear")
 
 
