@@ -34,11 +34,12 @@ def compare(
     deliver: str = "all",
     mesh: DeviceMesh | None = None,
     rows: bool = False,
+    leave: Callable[[str], bool] = lambda name: False,
 ) -> Count:
     """``run`` makes the local loss on the engine's model, ``run_plain`` the oracle's loss on the plain one.
 
     ``rows``: values inside mixtures of experts are compared row by row, by token and expert, and as they are as well
-    where they come as whole tensors.
+    where they come as whole tensors. ``leave``: names that are compared elsewhere.
     """
     backward = any("backward" in t for t in types)
     want = plain_hooks(plain, run_plain, backward=backward)
@@ -46,7 +47,7 @@ def compare(
         by_row = plain_hooks(plain, run_plain, backward=backward) if rows else {}
     inside = {n: ids[m] for n, _ in plain.named_modules() for m in ids if n.startswith(f"{m}.")}
     fm = FlexModel(model, mesh=mesh)
-    names = [n for n in fm.wrapped_module_names if any((n, t, 0) in want for t in types)]
+    names = [n for n in fm.wrapped_module_names if any((n, t, 0) in want for t in types) and not leave(n)]
     count = Count()
     with ExitStack() as stack:
         acts = {
@@ -56,7 +57,7 @@ def compare(
         if backward:
             loss.backward()
     for (name, kind, index), values in want.items():
-        if kind not in types:
+        if kind not in types or leave(name):
             continue
         at = {"full_backward_pre": "forward", "full_backward": "forward_pre"}.get(kind, kind)
         key = as_key(name, kind, index, sum(1 for n, k, _ in want if (n, k) == (name, at)))

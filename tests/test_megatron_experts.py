@@ -45,6 +45,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"},
     ),
 }
+# Where values inside experts come as rows, which test_megatron_rows compares one by one.
+TOLD = [c for c in CASES if c not in ("sp=2, experts sp=2", "dp=2, experts tp=2")]
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def load_part(sharded: nn.Module, plain: nn.Module, ranks: int) -> None:
 def pair(spread: Spread, changes: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     with spread.alone():
         torch.manual_seed(0)
-        whole = {k: v for k, v in changes.items() if k.startswith("moe_token")}
+        whole = {k: v for k, v in changes.items() if k.startswith("moe_")}
         plain = perturbed(megatron.gpt(megatron.config(**MIXTURE, **whole)))
         if changes.get("sequence_parallel"):
             plain.embedding.reduce_scatter_embeddings = True
@@ -88,6 +90,7 @@ def _parity(case: str) -> Count:
         plain,
         lambda m: loss(m(mine, positions(mine), None)),
         alone(spread, lambda m: loss(m(full, positions(full), None))),
+        leave=lambda name: case in TOLD and ".mlp.experts" in name,
     )
 
 
@@ -98,11 +101,8 @@ def test_every_module(case: str) -> None:
         print(count.wrong[:3])
         print([r for r in count.refused if "rows are tokens" not in r][:3])
         assert not count.wrong
-        assert all(".mlp.experts" in r for r in count.refused)
-        # under expert parallelism a rank's experts carry numbers from 0, so that there are no others by name
-        words = ("its rows are tokens at experts", "was not asked for in this capture")
-        assert all(any(w in r for w in words) for r in count.refused)
-        assert bool(count.refused) == (case != "sp=2, experts sp=2")
+        assert all(".mlp.experts" in r and "its rows are tokens at experts" in r for r in count.refused)
+        assert bool(count.refused) == (case == "dp=2, experts tp=2")
 
 
 def _routed(case: str, ranks: int) -> list[str]:
