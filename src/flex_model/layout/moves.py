@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["Trace", "out_of_order"]
 
@@ -55,21 +54,23 @@ class Trace:
         self.steps: list[_Step] = []
         self.shapes: list[_Shape] = []
         self.seen_through: dict[int, int] = {}  # a view: what it is a view of
-        self._numbers: Any = WeakTensorKeyDictionary()
+        self._numbers: dict[int, tuple[int, Tensor]] = {}  # by id, which the tensor held here keeps its own
 
     def number(self, tensor: Tensor) -> int:
-        if tensor not in self._numbers:
-            self._numbers[tensor] = len(self.shapes)
+        known = self._numbers.get(id(tensor))
+        if known is None:
+            known = self._numbers[id(tensor)] = (len(self.shapes), tensor)
             self.shapes.append(tuple(tensor.shape))
-        return int(self._numbers[tensor])
+        return known[0]
 
     def note(self, func: Any, args: Any, took: Sequence[Tensor], result: Any) -> None:
         view = func in _VIEWS
         if view and args[0].shape == result.shape:  # such as the result of an autograd function that does nothing
-            self._numbers[result] = self.number(args[0])
+            self._numbers[id(result)] = (self.number(args[0]), result)
             return
-        before = tuple(self.number(t) for t in took)
-        made = tuple(self.number(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
+        before = tuple(map(self.number, took))
+        results = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
+        made = tuple(self.number(t) for t in results if isinstance(t, Tensor))
         if getattr(func, "is_view", False) and before:
             self.seen_through.update((n, before[0]) for n in made if n != before[0])
         joined = (args[1] if len(args) > 1 else 0) if func is aten.cat.default else None

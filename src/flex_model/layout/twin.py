@@ -60,6 +60,8 @@ class _IntegersAreReal(TorchDispatchMode):
             return _unsent(func, args)
         if on_meta and func in _SUBSTITUTES:
             return _SUBSTITUTES[func](*args, **kwargs)
+        if func in _ELEMENT_BY_ELEMENT and _of_one_form(*args) and args[0].is_floating_point():
+            return torch.empty_like(args[0])
         if func is aten.histc.default and not args[0].is_floating_point():
             args = (args[0].float(), *args[1:])
         if kwargs.get("device") is not None:
@@ -120,6 +122,21 @@ def _grouped_mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> Tensor:  # the meta
     return torch.empty((*lead, a.shape[-2], b.shape[-1]), dtype=a.dtype, device="meta")
 
 
+def _of_one_form(a: Any, b: Any) -> bool:
+    """Whether an operator on these two has nothing to decide: torch's meta kernels are Python and look at much."""
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.is_meta
+        and b.is_meta
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.is_contiguous()
+        and b.is_contiguous()
+    )
+
+
+_ELEMENT_BY_ELEMENT = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _scalar,
     aten.nonzero.default: _nonzero,
