@@ -7,24 +7,23 @@ FlexModel exists. Layers count themselves over the whole model, which gives them
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from typing import Any, ClassVar
-from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from flex_model.engines.engine import Conductor, Engine
+from flex_model.engines.schedule import Conductors, watch
 from flex_model.layout.mesh import Axis
 from flex_model.trees import first_tensor
 
 __all__ = ["MegatronPipelineEngine"]
 
 _FILE = "megatron.core.pipeline_parallel.schedules"
-_conductors: WeakSet[Any] = WeakSet()
+_conductors = Conductors()
 _watched: list[Any] = []
 _places: dict[int, tuple[int, int]] = {}  # id of a forward's output: what its backward belongs to
 
@@ -143,38 +142,17 @@ def _watch() -> None:
         "forward_backward_pipelining_without_interleaving",
         "forward_backward_pipelining_with_interleaving",
     ):
-        _during(schedules, name, _step)
-    _during(schedules, "forward_step", _forward, after=_remember)
-    _during(schedules, "backward_step", _backward)
-
-
-def _during(module: Any, name: str, context: Callable[..., Any], after: Callable[..., None] | None = None) -> None:
-    """Calls of the function run inside ``context(*args)``."""
-    inner = getattr(module, name)
-
-    @wraps(inner)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        with context(*args, **kwargs) as place:
-            out = inner(*args, **kwargs)
-        if after is not None:
-            after(place, out)
-        return out
-
-    setattr(module, name, watched)
-
-
-def _listening(chunks: Sequence[nn.Module | None]) -> list[Conductor]:
-    return [c for c in list(_conductors) if any(m is not None and c.holds(m) for m in chunks)]
+        watch(schedules, name, _step)
+    watch(schedules, "forward_step", _forward, after=_remember)
+    watch(schedules, "backward_step", _backward)
 
 
 @contextmanager
 def _step(*_: Any, model: Any, num_microbatches: int, forward_only: bool = False, **__: Any) -> Iterator[None]:
     chunks = [_chunk(m) for m in (model if isinstance(model, list) else [model])]
-    for conductor in list(_conductors):
-        conductor.look()
-    with ExitStack() as stack:
-        for conductor in _listening(chunks):  # the loss of a microbatch is divided before its backward
-            stack.enter_context(conductor.step(num_microbatches, divide=1, backward=not forward_only))
+    _conductors.look()
+    # the loss of a microbatch is divided before its backward
+    with _conductors.inside(chunks, lambda c: c.step(num_microbatches, divide=1, backward=not forward_only)):
         try:
             yield
         finally:
@@ -184,12 +162,14 @@ def _step(*_: Any, model: Any, num_microbatches: int, forward_only: bool = False
 @contextmanager
 def _forward(_: Any, __: Any, model: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[int, int] | None]:
     chunk, microbatch = _chunk(model), kwargs.get("current_microbatch")
-    place: tuple[int, int] | None = None
-    with ExitStack() as stack:
-        for conductor in _listening([chunk]) if microbatch is not None else ():
-            place = (conductor.stage_of(chunk), int(microbatch or 0))
-            stack.enter_context(conductor.forward(*place))
-        yield place
+    place: list[tuple[int, int]] = []
+
+    def told(conductor: Conductor) -> AbstractContextManager[None]:
+        place[:] = [(conductor.stage_of(chunk), int(microbatch or 0))]
+        return conductor.forward(*place[0])
+
+    with _conductors.inside([chunk] if microbatch is not None else [], told):
+        yield place[0] if place else None
 
 
 def _remember(place: tuple[int, int] | None, out: Any) -> None:
@@ -203,7 +183,7 @@ def _backward(_: Any, output: Any, *__: Any, **___: Any) -> Iterator[None]:
     first = output[0] if isinstance(output, list) else output
     place = _places.pop(id(first), None)
     with ExitStack() as stack:
-        if place is not None:
-            for conductor in list(_conductors):
+        for conductor in _conductors:
+            if place is not None:
                 stack.enter_context(conductor.backward(*place))
         yield

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ClassVar
 from weakref import WeakSet, ref
@@ -18,13 +18,14 @@ import torch.distributed as dist
 from torch import nn
 
 from flex_model.engines.engine import Conductor, Engine
+from flex_model.engines.schedule import Conductors, watch
 from flex_model.layout.mesh import Axis
 
 __all__ = ["PipeliningEngine", "stages_made"]
 
 _FILE = "torch.distributed.pipelining.stage"
 _stages: WeakSet[Any] = WeakSet()
-_conductors: WeakSet[Any] = WeakSet()
+_conductors = Conductors()
 _made = -1  # stages seen; none are looked for before torch's file is there
 
 
@@ -96,11 +97,11 @@ def _watch() -> None:
         if issubclass(type(there), base):
             _note(there)
     _note_new(base)
-    _during(schedules.PipelineScheduleSingle, "step", _step)
-    _during(schedules.PipelineScheduleMulti, "step", _step)
-    _during(base, "forward_one_chunk", _forward)
-    _during(base, "backward_one_chunk", _backward)
-    _during(base, "backward_weight_one_chunk", _backward)
+    watch(schedules.PipelineScheduleSingle, "step", _step)
+    watch(schedules.PipelineScheduleMulti, "step", _step)
+    watch(base, "forward_one_chunk", _forward)
+    watch(base, "backward_one_chunk", _backward)
+    watch(base, "backward_weight_one_chunk", _backward)
 
 
 def _note_new(base: Any) -> None:
@@ -114,49 +115,24 @@ def _note_new(base: Any) -> None:
     base.__init__ = noted
 
 
-def _during(cls: Any, method: str, context: Callable[..., Any]) -> None:
-    """Calls of the method run inside ``context(self, *args)``."""
-    inner = getattr(cls, method)
-
-    @wraps(inner)
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _conductors:
-            return inner(self, *args, **kwargs)
-        with context(self, *args, **kwargs):
-            return inner(self, *args, **kwargs)
-
-    setattr(cls, method, watched)
-
-
-def _listening(stages: Sequence[Any]) -> list[Conductor]:
-    return [c for c in list(_conductors) if any(c.holds(s.submod) for s in stages)]
-
-
 @contextmanager
 def _step(schedule: Any, *_: Any, **__: Any) -> Iterator[None]:
     stages = getattr(schedule, "_stages", None) or [schedule._stage]
-    divide = schedule._n_microbatches if schedule.scale_grads else 1
-    for conductor in list(_conductors):
-        conductor.look()  # the stages may have been made since
-    with ExitStack() as stack:
-        for conductor in _listening(stages):
-            stack.enter_context(
-                conductor.step(schedule._n_microbatches, divide=divide, backward=schedule._has_backward)
-            )
+    count, backward = schedule._n_microbatches, schedule._has_backward
+    divide = count if schedule.scale_grads else 1
+    _conductors.look()
+    with _conductors.inside([s.submod for s in stages], lambda c: c.step(count, divide=divide, backward=backward)):
         yield
 
 
 @contextmanager
 def _forward(stage: Any, fwd_chunk_id: int, *_: Any, **__: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for conductor in _listening([stage]):
-            stack.enter_context(conductor.forward(stage.stage_index, fwd_chunk_id))
+    with _conductors.inside([stage.submod], lambda c: c.forward(stage.stage_index, fwd_chunk_id)):
         yield
 
 
 @contextmanager
 def _backward(stage: Any, bwd_chunk_id: int, *_: Any, **__: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for conductor in _listening([stage]) if stage.has_backward else ():
-            stack.enter_context(conductor.backward(stage.stage_index, bwd_chunk_id))
+    concerned = [stage.submod] if stage.has_backward else []
+    with _conductors.inside(concerned, lambda c: c.backward(stage.stage_index, bwd_chunk_id)):
         yield

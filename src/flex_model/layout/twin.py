@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flex_model.layout.layout import shard_dim
+from flex_model.layout.meta_mode import IntegersAreReal, nonzero_is_full
 from flex_model.layout.moves import Trace, out_of_order
 from flex_model.layout.record import Key, Watched, double_batch, recorded
 from flex_model.layout.values import sharding
@@ -29,119 +28,7 @@ from flex_model.trees import copy_tree
 
 __all__ = ["GlobalShapes", "Opaque", "Twin", "TwinShapes", "global_shapes"]
 
-aten = torch.ops.aten
 Shapes = dict[Key, list[tuple[int, ...]]]
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    if tensor.is_meta:
-        return tensor
-    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-class _IntegersAreReal(TorchDispatchMode):
-    """Floats are meta, integers and bools are real; an op that mixes them is meta."""
-
-    def __init__(self, trace: Trace | None) -> None:
-        super().__init__()
-        self._trace = trace
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        tensors = _tensors_of(args, kwargs)
-        result = self._run(func, args, kwargs, tensors)
-        if self._trace is not None:
-            self._trace.note(func, args, tensors, result)
-        return result
-
-    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-        on_meta = any(t.is_meta for t in tensors)
-        if on_meta and func.namespace == "c10d":
-            return _unsent(func, args)
-        if on_meta and func in _SUBSTITUTES:
-            return _SUBSTITUTES[func](*args, **kwargs)
-        if func in _ELEMENT_BY_ELEMENT and _of_one_form(*args) and args[0].is_floating_point():
-            return torch.empty_like(args[0])
-        if func is aten.histc.default and not args[0].is_floating_point():
-            args = (args[0].float(), *args[1:])
-        if kwargs.get("device") is not None:
-            kwargs["device"] = self._device(func, args, kwargs, tensors)
-        if on_meta and not all(t.is_meta for t in tensors):
-            args, kwargs = pytree.tree_map_only(Tensor, _to_meta, (args, kwargs))
-            if kwargs.get("device") is not None:
-                kwargs["device"] = torch.device("meta")
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def _device(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> torch.device:
-        device = torch.device(kwargs["device"])
-        if func is aten._to_copy.default:
-            if args[0].is_meta:
-                return torch.device("meta")
-            floating = (kwargs.get("dtype") or args[0].dtype).is_floating_point
-            return args[0].device if device.type == "meta" and not floating else device
-        if device.type != "meta" or tensors:
-            return device
-        arange = func in (aten.arange.default, aten.arange.start, aten.arange.start_step)
-        integral = arange and not any(isinstance(a, float) for a in args)
-        dtype = kwargs.get("dtype") or (torch.long if integral else torch.get_default_dtype())
-        return device if dtype.is_floating_point or dtype.is_complex else torch.device("cpu")
-
-
-def _scalar(tensor: Tensor) -> object:
-    return True if tensor.dtype == torch.bool else 1
-
-
-def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors an operator is given, by themselves or in lists; pytree would take longer than the operator."""
-    out = []
-    for given in (*args, *kwargs.values()):
-        if isinstance(given, Tensor):
-            out.append(given)
-        elif isinstance(given, (list, tuple)):
-            out += [t for t in given if isinstance(t, Tensor)]
-    return out
-
-
-def _unsent(func: Any, args: Any) -> Any:
-    """A collective into tensors that are there already has nothing to bring but its shapes."""
-    from torch._C._distributed_c10d import FakeWork
-
-    work = FakeWork().boxed()
-    return work if len(func._schema.returns) == 1 else (args[0], work)
-
-
-def _nonzero(tensor: Tensor) -> Tensor:  # the most there can be: everything
-    return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device="meta")
-
-
-def _grouped_mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> Tensor:  # the meta kernel takes bf16 only
-    if a.dim() == 2 and b.dim() == 3:
-        return torch.empty((a.shape[0], b.shape[-1]), dtype=a.dtype, device="meta")
-    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return torch.empty((*lead, a.shape[-2], b.shape[-1]), dtype=a.dtype, device="meta")
-
-
-def _of_one_form(a: Any, b: Any) -> bool:
-    """Whether an operator on these two has nothing to decide: torch's meta kernels are Python and look at much."""
-    return (
-        isinstance(a, Tensor)
-        and isinstance(b, Tensor)
-        and a.is_meta
-        and b.is_meta
-        and a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.is_contiguous()
-        and b.is_contiguous()
-    )
-
-
-_ELEMENT_BY_ELEMENT = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
-_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
-    aten._local_scalar_dense.default: _scalar,
-    aten.nonzero.default: _nonzero,
-    aten._grouped_mm.default: _grouped_mm,
-}
 
 
 def _is_mesh_state(value: object) -> bool:
@@ -349,7 +236,7 @@ class Twin:
             return [tuple(t.shape) for t in found]
 
         args, kwargs = copy_tree(inputs, convert)
-        with torch.no_grad(), _nonzero_is_full(), recorded(watched, shapes) as seen, _IntegersAreReal(trace):
+        with torch.no_grad(), nonzero_is_full(), recorded(watched, shapes) as seen, IntegersAreReal(trace):
             try:
                 twin(*args, **kwargs)
             except Exception as stop:  # what was met before is no less true
@@ -359,16 +246,3 @@ class Twin:
 
 def _told(error: Exception) -> str:
     return str(error) if isinstance(error, Opaque) else f"{type(error).__name__}: {str(error)[:200]}"
-
-
-@contextmanager
-def _nonzero_is_full() -> Iterator[None]:
-    from torch.fx.experimental import _config as config
-
-    before = config.meta_nonzero_assume_all_nonzero
-    config.meta_nonzero_assume_all_nonzero = True
-    try:
-        yield
-    finally:
-        with suppress(AttributeError):
-            config.meta_nonzero_assume_all_nonzero = before
