@@ -13,7 +13,9 @@ __all__ = [
     "GroupError",
     "LayoutError",
     "MeshError",
+    "MismatchError",
     "NameNotFoundError",
+    "PeerError",
     "RegistrationError",
     "ShapeError",
 ]
@@ -59,6 +61,14 @@ class ShapeError(FlexModelError, ValueError):
 
 class EditError(FlexModelError, RuntimeError):
     """An editing function or a ``select`` failed on some rank; every rank raises it."""
+
+
+class MismatchError(FlexModelError, RuntimeError):
+    """Ranks do different things: other hooks, another order, another function, a module that some of them skip."""
+
+
+class PeerError(FlexModelError, RuntimeError):
+    """Another rank failed, died or never came to where this rank waits; every rank that waits raises it."""
 
 
 class DeliveryError(FlexModelError, KeyError):
