@@ -15,6 +15,8 @@ from flex_model.core.call import ActiveCall, Staged, in_backward
 from flex_model.core.gradients import meet_gradient, parameter_layout
 from flex_model.core.inference import Form, Spot
 from flex_model.core.ragged import merge
+from flex_model.core.status import told_to_all
+from flex_model.core.uneven import align
 from flex_model.engines import GradientSite
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
@@ -138,6 +140,11 @@ class Backward:
         return staged
 
     def _finish(self) -> None:
+        """The outermost backward is over on every rank."""
+        with self.runtime.watch.at("the end of the backward"), told_to_all():
+            self._deliver()
+
+    def _deliver(self) -> None:
         call, self.call = self.call, None
         edited, self.edited = self.edited, False
         finished = self.finished_parameters()
@@ -152,11 +159,11 @@ class Backward:
         claims, self.claims = self.claims, {}
         staged, rows = merge(staged, self.runtime.mesh), []
         if uneven:
-            rows = outbox.status([(s.bound.where, s.key) for s in staged], len(claims))
+            rows = outbox.status.exchange([(s.bound.where, s.key) for s in staged], len(claims))
         if claims or any(new for _, new, _ in rows):
             self.runtime.inference.settle(claims)
         if uneven:
-            staged = staged if len({(count, mark) for count, _, mark in rows}) == 1 else outbox.align(staged, 1)
+            staged = staged if len({(count, mark) for count, _, mark in rows}) == 1 else align(self.runtime, staged, 1)
         refused, outbox.refused = outbox.refused, []
         items = []
         for one in staged:
@@ -166,7 +173,7 @@ class Backward:
             elif (item := outbox.item(one, refused)) is not None:
                 items.append(item)
         if not uneven and (edited or any(i.layout.moving_axes and i.mode != "local" for i in items)):
-            outbox.same_on_all(outbox.status([(i.where, "") for i in items]))
+            outbox.status.same_on_all(outbox.status.exchange([(i.where, "") for i in items]))
         outbox.deliver(items)
         self.runtime.modules.mean_gradients(self.runtime.mesh, uneven=uneven)
         outbox.raise_refused(refused)

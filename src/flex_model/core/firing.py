@@ -129,15 +129,34 @@ def fire(runtime: Runtime, bound: Bound, leaf: Leaf, call: ActiveCall, occurrenc
     recomputed = in_backward() != -1
     if not recomputed:
         bound.fired += 1
+        runtime.watch.passed = bound
     value, rows = leaf.tensor, gathered(bound, leaf.tensor, call)
     form = form_of(runtime, bound, leaf.index, value, occurrence, rows)
     needed_now = bound.edit is not None or bound.attached
+    if needed_now and runtime.mesh.axes:  # ranks may meet here
+        with runtime.watch.at(bound):
+            return _fire(runtime, bound, leaf, call, occurrence, several, recomputed, form, rows)
+    return _fire(runtime, bound, leaf, call, occurrence, several, recomputed, form, rows)
+
+
+def _fire(
+    runtime: Runtime,
+    bound: Bound,
+    leaf: Leaf,
+    call: ActiveCall,
+    occurrence: int,
+    several: bool,
+    recomputed: bool,
+    form: Form,
+    rows: Gathered | None,
+) -> Tensor | None:
+    value, needed_now = leaf.tensor, bound.edit is not None or bound.attached
     layout = claim_layout(runtime, bound, form, value, call, occurrence, rows, now=needed_now)
     if isinstance(layout, Layout):
         layout = refusal(runtime, bound, value, layout) or layout
     if isinstance(layout, LayoutError):
         if not recomputed and bound.edit is not None and rows is not None and runtime.uneven:
-            runtime.outbox.note_failure(bound, Call(call.index), layout)  # other ranks may not have met it
+            runtime.outbox.status.note_failure(bound, Call(call.index), layout)  # other ranks may not have met it
         elif not recomputed:
             runtime.outbox.refuse(bound, bound.key_of(leaf.index, several), layout)
         return None
@@ -167,7 +186,13 @@ def _stage(
     if bound.selection is not None and layout is not None and call.place is None:
         if not runtime.mesh.axes and (problem := check_expected(bound, local)):
             raise ShapeError(problem)
-        taken = runtime.outbox.select_on_shards(bound, local, layout)
+        try:
+            taken = runtime.outbox.select_on_shards(bound, local, layout)
+        except Exception as error:
+            if not runtime.whole.axes:
+                raise
+            runtime.outbox.status.note("select", bound.where, error, call.index)
+            return
         if taken is not None:
             (local, layout), selected = taken, True
     staged = Staged(bound, key, to_host(local, runtime.keep_on(layout)), form, layout, selected=selected)
@@ -195,6 +220,8 @@ def _edit(
         return _attach(runtime, bound, value, layout, key, capturing, call, rows)
     _check_lockstep(runtime, bound, layout, call)
     call.edited = True
+    if not recomputed and layout.moving_axes and runtime.lockstep and bound.hook.run != "sharded":
+        runtime.outbox.status.edits.append(bound.where)
     runtime.context.even_axes = _even_axes(runtime, layout, call)
     description = (
         call.describe(whole_experts(runtime, layout, rows)) if bound.wants_call else Call(call.index, call.microbatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ class FlexModel(nn.Module):
         finally:
             runtime.direct = before
             if runtime.active is not None and not runtime.quiet:  # torch runs no hook after KeyboardInterrupt
-                runtime.abandon()
+                runtime.abandon(sys.exc_info()[1])
 
     @property
     def save_ctx(self) -> Any:
@@ -292,6 +293,9 @@ class FlexModel(nn.Module):
         try:
             yield acts
             runtime.outbox.flush()
+        except BaseException as error:
+            runtime.watch.fail(error)
+            raise
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
             runtime.outbox.discard(bounds)
@@ -325,6 +329,9 @@ class FlexModel(nn.Module):
         runtime.install()
         try:
             yield [b.hook for b in bounds]
+        except BaseException as error:
+            runtime.watch.fail(error)
+            raise
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
             runtime.install()

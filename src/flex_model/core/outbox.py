@@ -6,11 +6,9 @@ backward, ``flush``. At such a point claims are settled, failures told to everyb
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -18,13 +16,13 @@ from torch import Tensor
 from flex_model.core import flattened
 from flex_model.core.bound import Bound, Sink, check_expected
 from flex_model.core.call import Staged
-from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form
-from flex_model.core.ragged import Identity, give, refusal, stand_ins, stub_of, unnamed
-from flex_model.errors import DeliveryError, EditError, FlexModelError, LayoutError
+from flex_model.core.ragged import Identity, give, refusal, unnamed
+from flex_model.core.status import Status, told_to_all
+from flex_model.core.uneven import align
+from flex_model.errors import FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
-from flex_model.layout.layout import Layout, shard_dim
-from flex_model.routing.collectives import all_gather_ints, all_gather_objects, extremes
+from flex_model.layout.layout import Layout
 from flex_model.routing.delivery import Buffers, Item, deliver
 from flex_model.routing.hop import Hop, Parcel
 from flex_model.routing.route import gradient_scale
@@ -44,33 +42,35 @@ class Outbox:
         self.runtime = runtime
         self.waiting: list[Staged] = []
         self.claims: dict[Form, Claim] = {}
-        self.failures: list[dict[str, Any]] = []
         self.refused: list[Refused] = []
         self.forwards = 0  # since the last point
+        self.status = Status(runtime, self.drop)
         self._buffers = Buffers()
         self._hops: Hop | None = None
 
     def point(self, *, edited: bool = False) -> None:
         """All ranks are here: settle what was claimed, tell of failures, deliver what waits. Collective."""
+        runtime = self.runtime
+        if runtime.whole.axes:
+            runtime.agree()
+            with runtime.watch.at("the end of the forward"), told_to_all():
+                self._point_of_stages() if runtime.whole is not runtime.mesh else self._point(edited)
+
+    def _point(self, edited: bool) -> None:
         mesh = self.runtime.mesh
-        if self.runtime.whole is not mesh:
-            self._point_of_stages()
-            return
-        if not mesh.axes:
-            return
         data = any(a.kind == "data" for a in mesh.axes)
         new = bool(self.claims)
         # On tensor axes alone all ranks run the same code on the same data, so that they ask alike without asking.
         uneven = self.runtime.uneven
         if edited or data or uneven or any(_moves(s) for s in self.waiting):
-            rows = self.status([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
+            rows = self.status.exchange([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
             new = any(claims for _, claims, _ in rows)
             if (data or uneven) and len({(count, mark) for count, _, mark in rows}) > 1:
                 self._settle(new)
                 new = False
-                self.waiting = self.align(self.waiting, self.forwards)
+                self.waiting = align(self.runtime, self.waiting, self.forwards)
             else:
-                self.same_on_all(rows)
+                self.status.same_on_all(rows)
         self._settle(new)
         items, refused = self._items()
         self.deliver(items)
@@ -84,12 +84,12 @@ class Outbox:
     def _point_of_stages(self) -> None:
         """``point`` of a pipeline: each stage delivers to its own ranks, then the stages to one another."""
         mesh = self.runtime.mesh
-        rows = self.status([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
+        rows = self.status.exchange([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
         new = any(claims for _, claims, _ in rows)
         if mesh.axes and len({(count, mark) for count, _, mark in rows}) > 1:
             self._settle(new)
             new = False
-            self.waiting = self.align(self.waiting, self.forwards)
+            self.waiting = align(self.runtime, self.waiting, self.forwards)
         self._settle(new)
         items, refused = self._items()
         parcels = self._parcels(items, refused)
@@ -152,6 +152,10 @@ class Outbox:
         if new:
             self.runtime.inference.settle(claims)
 
+    def drop(self) -> None:
+        """Nothing of this call goes out: it has failed."""
+        self.waiting, self.claims, self.refused, self.forwards = [], {}, [], 0
+
     def discard(self, bounds: list[Bound]) -> None:
         """Forget what these hooks have staged: their block has ended with an exception."""
         self.waiting = [s for s in self.waiting if not any(s.bound is b for b in bounds)]
@@ -208,48 +212,9 @@ class Outbox:
     def deliver(self, items: list[Item]) -> None:
         self.runtime.wait_for_copies()
         with torch.inference_mode(False):
-            deliver(items, self.runtime.mesh, self._buffers)
-
-    def status(self, places: Sequence[tuple[str, Any]], claims: int = 0) -> list[tuple[int, int, int]]:
-        """One small exchange: did an edit fail? Else (number of values, new claims, mark of places) of every rank of
-        this stage, once where they agree."""
-        mark = crc32(repr(places).encode())
-        mesh, whole = self.runtime.mesh, self.runtime.whole
-        row = [len(self.failures), len(places), claims, mark]
-        low, high = extremes(torch.tensor(row), whole.world, self.runtime.device_of_values)
-        if high[0]:
-            everyone = all_gather_objects(self.failures, whole.world)
-            self.failures, self.waiting, self.claims, self.forwards = [], [], {}, 0
-            first = next(f for theirs in everyone for f in theirs)
-            raise EditError(
-                f"{first['where']}: the editing function failed on rank {first['rank']} in call {first['call']} with "
-                f"{first['error']}; caches, buffers and gradients of this call are undefined.\n{first['traceback']}"
-            )
-        if mesh is not whole and mesh.axes and not torch.equal(low, high):  # other stages hold other modules
-            low, high = extremes(torch.tensor(row), mesh.world, self.runtime.device_of_values)
-        if not mesh.axes or torch.equal(low, high):
-            return [(len(places), claims, mark)]
-        return [(r[0], r[1], r[2]) for r in all_gather_ints(row[1:], mesh.world, self.runtime.device_of_values)]
-
-    def same_on_all(self, rows: Sequence[tuple[int, int, int]]) -> None:
-        if len({(count, mark) for count, _, mark in rows}) > 1:
-            counts = dict(zip(self.runtime.mesh.ranks, [r[0] for r in rows], strict=True))
-            raise DeliveryError(
-                f"ranks captured different values in this call (values by rank: {counts}); every rank must register "
-                f"the same hooks in the same order and run the same modules."
-            )
-
-    def note_failure(self, bound: Bound, call: Call, error: BaseException) -> None:
-        lines = "".join(traceback.format_exception(error))
-        self.failures.append(
-            {
-                "where": bound.where,
-                "rank": self.runtime.whole.rank,
-                "call": call.index,
-                "error": f"{type(error).__name__}: {error}",
-                "traceback": lines,
-            }
-        )
+            failed = deliver(items, self.runtime.mesh, self._buffers)
+        for item, error in failed:  # others have theirs, and learn of it at the next point
+            self.status.note("the delivery", item.where, error)
 
     def refuse(self, bound: Bound, key: Any, error: LayoutError) -> None:
         self.refused.append((bound, key, error))
@@ -265,59 +230,8 @@ class Outbox:
 
     def flush(self) -> None:
         """Deliver all that still waits. Collective, also for ranks that hold less than others."""
-        self.point(edited=bool(self.failures) or not self.runtime.lockstep)
-
-    def align(self, staged: list[Staged], forwards: int) -> list[Staged]:
-        """Ranks hold different values: they ran different numbers of forwards, or a module ran on some ranks only.
-
-        A rank that did not run the k-th forward stands in with no rows. A module that ran in it on some ranks and not
-        on others has no whole value, and is refused by name, unless its rows are parts: then who ran none has none.
-        """
-        places = [(s.bound.where, repr(s.key), s.forward) for s in staged]
-        shapes = {place: stub_of(s, self.runtime) for place, s in zip(places, staged, strict=True)}
-        everyone = all_gather_objects((forwards, places, shapes), self.runtime.mesh.world)
-        order = dict.fromkeys(p for _, theirs, _ in everyone for p in theirs)
-        stubs = {p: next(known[p] for _, _, known in everyone if p in known) for p in order}
-        broken = {p[:2] for p in order if not (stubs[p].parted or _runs_together(p, everyone))}
-        kept = {p: [s for place, s in zip(places, staged, strict=True) if place == p] for p in order}
-        like = {p[:2]: s for p, s in zip(places, staged, strict=True)}
-        aligned: list[Staged] = []
-        for where, key in broken:
-            self._refuse_place(where, key)
-        for place in sorted(order, key=lambda p: p[2]):
-            if place[:2] in broken:
-                continue
-            times = max(theirs.count(place) for _, theirs, _ in everyone)
-            if kept[place]:
-                aligned += kept[place]
-            elif stubs[place].parted:
-                aligned += stand_ins(self.runtime, place, stubs[place])
-            else:
-                aligned += [self._empty(like[place[:2]], stubs[place].shape) for _ in range(times)]
-        return aligned
-
-    def _refuse_place(self, where: str, key: str) -> None:
-        error = LayoutError(f"{where}: the full value is unknown: it ran on some ranks and not on others.")
-        for bound in self.runtime.bounds:
-            if bound.where == where:
-                self.refused += [(bound, k, error) for k in (bound.key, bound.site(0)) if repr(k) == key][:1]
-
-    def _empty(self, like: Staged, shape: tuple[int, ...]) -> Staged:
-        """The part of a rank that did not run a forward: no rows."""
-        assert like.layout is not None or like.form is not None
-        found = like.layout if like.layout is not None else self.runtime.inference.known[like.form]  # type: ignore[index]
-        sizes = list(shape)
-        for i in found.sharded_axes if isinstance(found, Layout) else ():
-            if self.runtime.mesh.axes[i].kind == "data":
-                sizes[shard_dim(found.placements[i]) or 0] = 0  # type: ignore[union-attr]
-        return Staged(like.bound, like.key, like.local.new_empty(sizes), like.form, like.layout)
+        self.point(edited=True)
 
 
 def _moves(staged: Staged) -> bool:
     return staged.layout is None or (bool(staged.layout.moving_axes) and staged.bound.deliver != "local")
-
-
-def _runs_together(place: tuple[str, str, int], everyone: Sequence[tuple[int, list[Any], Any]]) -> bool:
-    """Whether all ranks that ran a forward passed a place equally often in it, and every rank has passed it at all."""
-    times = {theirs.count(place) for forwards, theirs, _ in everyone if forwards > place[2]}
-    return len(times) == 1 and all(any(p[:2] == place[:2] for p in theirs) for _, theirs, _ in everyone)

@@ -7,6 +7,7 @@ do not run in lockstep; gradients at the end of the outermost backward.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from flex_model.core.names import Names
 from flex_model.core.outbox import Outbox
 from flex_model.core.ragged import merge
 from flex_model.core.register import on_mesh
+from flex_model.core.same_hooks import line_of, mark_of
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.steps import Steps
 from flex_model.core.trainable import TrainableModules
@@ -42,7 +44,9 @@ from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.values import sharding
 from flex_model.routing.collectives import all_gather_objects
+from flex_model.routing.roll_call import roll_call
 from flex_model.routing.rows import parted_axes
+from flex_model.routing.watch import NoWatch, Watch
 
 __all__ = ["Runtime"]
 
@@ -90,6 +94,9 @@ class Runtime:
         self._entry_handles: list[Any] = []
         self._parameter_handles: list[Any] = []
         self._watch_handles: list[Any] = []
+        self.watch: Watch | NoWatch = NoWatch()
+        self.hooks_mark = ""  # what all ranks have agreed on; empty after a change
+        self._agreed: set[tuple[int, str]] = set()
         self.uneven = False  # ranks may meet hooks unequally often: rows at experts are where tokens have chosen them
         self._entries_stale = False
         self._told = False
@@ -111,6 +118,7 @@ class Runtime:
     # -- the model and its engines -----------------------------------------------------------------------------
     def refresh(self) -> None:
         """Look at the model anew: names, engines, mesh. Layouts found before are forgotten."""
+        self.hooks_mark, self._agreed = "", set()
         refuse_unsupported(self.module)
         root = Names(self.module).root
         parts_of_rank = root.children() if isinstance(root, nn.ModuleList) else ()  # wrapped each for itself
@@ -122,6 +130,7 @@ class Runtime:
         self.names = Names(
             self.module, parts=parts, absent=self.engines.absent, renamed={**self.engines.renamed, **self.renamed}
         )
+        self._start_watch()
         self.root = self.names.root
         self.names.add_hidden(self.engines.hidden_parameters())
         self.names.add_tied(self.engines.tied_places())
@@ -133,7 +142,7 @@ class Runtime:
             bound.source = None if bound.side == "param" else self.engines.row_source(bound.module)
         self.context = EditContext(self.mesh, self.save_ctx, self.modules, self.seed)
         if self.whole.axes:
-            self.context.on_failure = self.outbox.note_failure
+            self.context.on_failure = self.outbox.status.note_failure
         self.keep_alive = self.engines.keep_alive
         self._mark = self._engine_mark()
         buffers = (b for m in self.module.modules() for b in m._buffers.values() if b is not None)
@@ -143,6 +152,27 @@ class Runtime:
         first = next((p.device.type for p in self.module.parameters() if not p.is_meta), "cpu")
         self.device_of_values = torch.device(first)
         self.on_one_device = len(devices) <= 1
+
+    def _start_watch(self) -> None:
+        whole = self.whole
+        if not whole.axes or dist.get_backend() == "fake":  # whose other ranks are not there
+            self.watch = NoWatch()
+        elif not isinstance(self.watch, Watch) or self.watch.ranks != whole.ranks:
+            self.watch = Watch(whole.ranks, whole.rank, self.timeout, whole.leave)
+        else:
+            self.watch.leaves(whole.leave)
+
+    def agree(self) -> None:
+        """Make sure that all ranks have the same hooks on. Collective where the set is a new one."""
+        watch = self.watch
+        if self.hooks_mark or not isinstance(watch, Watch):
+            return
+        lines = [line_of(bound) for bound in self.bounds if bound.enabled]
+        mark = mark_of(lines)
+        if (watch.epoch, mark) not in self._agreed:
+            roll_call(watch, mark, lines)
+            self._agreed.add((watch.epoch, mark))
+        self.hooks_mark = mark
 
     def notice(self) -> None:
         """Look at the model anew if an engine was applied, or removed, since the last look."""
@@ -156,8 +186,9 @@ class Runtime:
         self.notice()
         axis = self.whole.stage_axis
         if axis is not None and not self.names.stages:
-            self.whole.prepare()
-            tables = all_gather_objects(self.names.table(self.whole.stage), self.whole.group(axis))
+            with self.watch.at("the exchange of names between stages"):
+                self.whole.prepare()
+                tables = all_gather_objects(self.names.table(self.whole.stage), self.whole.group(axis))
             self.names.learn([t for theirs in tables for t in theirs])
             if not self.engines.plain_names:
                 self.names.check_collisions()
@@ -199,6 +230,7 @@ class Runtime:
     def install(self) -> None:
         """Put the enabled hooks on the model, and nothing where none is enabled."""
         self.uninstall()
+        self.hooks_mark = ""
         enabled = [b for b in self.bounds if b.enabled]
         entries = self._entries(enabled) if enabled and self.active is None else []
         outside = torch.compiler.disable if self.names.compiled else _as_it_is  # the compiler would trace hooks
@@ -285,6 +317,10 @@ class Runtime:
         if step is None:
             self.notice()
         index = self.calls if step is None else step.index
+        if self.whole.axes:
+            self.watch.call = index
+            if step is None and not self.hooks_mark and self.engines.lockstep:
+                self.agree()
         self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
         self.calls += step is None
@@ -335,16 +371,18 @@ class Runtime:
         if self.active.depth:
             self.active.depth -= 1
         else:
-            self.abandon()
+            self.abandon(sys.exc_info()[1])
 
-    def abandon(self) -> None:
-        """The call is over without a result: what it staged goes."""
+    def abandon(self, error: BaseException | None) -> None:
+        """The call is over without a result: what it staged goes, and who waits for this rank is told why."""
         self.active = self.fast_call = None
         self.inference.end()
-        self.outbox.failures.clear()
+        self.outbox.status.clear()
         self.outbox.refused.clear()
         if self._entries_stale:
             self.install()
+        if error is not None:
+            self.watch.fail(error)
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """The forward is over. Deliver what it captured if all ranks are here, or keep it for a later point."""

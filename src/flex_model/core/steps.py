@@ -65,6 +65,8 @@ class Steps:
         if self.now is not None or not (any(b.enabled for b in runtime.bounds) or len(runtime.modules)):
             yield
             return
+        runtime.watch.call = runtime.calls
+        runtime.agree()
         runtime.whole.prepare()
         self.now = _Step(runtime.calls, microbatches, divide, backward, runtime.save_ctx.held)
         self.now.messages = self._messages(microbatches)
@@ -75,10 +77,10 @@ class Steps:
             runtime.backward.begin()
         try:
             yield
-        except BaseException:
-            self._abandon()
+            self._finish()
+        except BaseException as error:
+            self._abandon(error)
             raise
-        self._finish()
 
     @contextmanager
     def forward(self, stage: int, microbatch: int) -> Iterator[None]:
@@ -178,13 +180,15 @@ class Steps:
             runtime.modules.complete(runtime.whole, runtime.mesh, 1 if inside else step.divide, step.before)
         runtime.outbox.point(edited=True)
 
-    def _abandon(self) -> None:
+    def _abandon(self, error: BaseException) -> None:
         step, runtime = self.now, self.runtime
-        assert step is not None
+        if step is None:  # the step itself went well, its delivery did not
+            runtime.watch.fail(error)
+            return
         self._leave(step)
         runtime.modules.put_back(step.before)
         runtime.backward.forget()
-        runtime.abandon()
+        runtime.abandon(error)
 
     def _leave(self, step: _Step) -> None:
         self.now = self.place = None

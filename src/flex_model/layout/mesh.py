@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -68,7 +70,10 @@ class ModelMesh:
         self._whole = whole  # of which this is one stage
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = whole._groups if whole is not None else {}
         self._channel: dist.ProcessGroup | None = None
+        self._control: dist.ProcessGroup | None = None
         self._device_mesh: dict[str, DeviceMesh] = {}
+        self._parts: list[ModelMesh] = []  # the meshes of single stages
+        self._generation = 0  # how often the groups were left behind
 
     def _grid(self, grid: Tensor | None) -> Tensor:
         shape = [a.size for a in self.axes]
@@ -112,7 +117,8 @@ class ModelMesh:
             return self
         axes = [a for i, a in enumerate(self.axes) if i != axis]
         grid = self.grid.select(axis, self.coordinate[axis])
-        return ModelMesh(axes, grid, timeout=self.timeout, mean=self.mean, whole=self)
+        self._parts.append(ModelMesh(axes, grid, timeout=self.timeout, mean=self.mean, whole=self))
+        return self._parts[-1]
 
     @property
     def is_main(self) -> bool:
@@ -161,6 +167,8 @@ class ModelMesh:
         if not self.axes or self._groups:
             return
         self._make_group(tuple(self.ranks))
+        backend = "fake" if dist.get_backend() == "fake" else "gloo"
+        self._control = dist.new_group(self.ranks, **self._keywords("control"), backend=backend)
         if self.stage_axis is not None and len(self.axes) > 2:  # of two axes, a stage is a line
             for stage in self.grid.unbind(self.stage_axis):
                 self._make_group(tuple(stage.flatten().tolist()))
@@ -170,22 +178,35 @@ class ModelMesh:
 
     def _make_group(self, ranks: tuple[int, ...]) -> None:
         # A group that only its members make is named by how many groups they have, which must then agree.
-        everyone = self.size == dist.get_world_size()
-        if everyone or self.rank in ranks:
-            group = dist.new_group(
-                list(ranks),
-                timeout=self.timeout,
-                use_local_synchronization=not everyone,
-                group_desc="flex_model",
-                sort_ranks=False,
-            )
+        if self._everyone or self.rank in ranks:
+            group = dist.new_group(list(ranks), **self._keywords(""))
             if self.rank in ranks:
                 self._groups[ranks] = group
+
+    @property
+    def _everyone(self) -> bool:
+        return self.size == dist.get_world_size()
+
+    def _keywords(self, what: str) -> dict[str, Any]:
+        return {
+            "timeout": self.timeout,
+            "use_local_synchronization": not self._everyone,
+            "group_desc": f"flex_model {what}".rstrip(),
+            "sort_ranks": False,
+        }
 
     @property
     def world(self) -> dist.ProcessGroup:
         self.prepare()
         return self._groups[tuple(self.ranks)]
+
+    @property
+    def control(self) -> dist.ProcessGroup:
+        """All ranks again, for small numbers in host memory: no device waits for them."""
+        self.prepare()
+        group = self._control if self._whole is None else self._whole._control
+        assert group is not None
+        return group
 
     def group(self, axis: int) -> dist.ProcessGroup:
         self.prepare()
@@ -208,21 +229,44 @@ class ModelMesh:
         """The whole mesh as torch's DeviceMesh, over the library's own groups."""
         if device_type not in self._device_mesh:
             groups = [self.group(i) for i in range(len(self.axes))]
+            # torch takes meshes of the same names for one another, and would find groups that are gone
+            again = f".{self._generation}" if self._generation else ""
+            names = tuple(name + again for name in self.names)
             self._device_mesh[device_type] = (
-                DeviceMesh.from_group(groups[0], device_type, mesh_dim_names=self.names)
+                DeviceMesh.from_group(groups[0], device_type, mesh_dim_names=names)
                 if len(groups) == 1
-                else DeviceMesh.from_group(groups, device_type, mesh=self.grid, mesh_dim_names=self.names)
+                else DeviceMesh.from_group(groups, device_type, mesh=self.grid, mesh_dim_names=names)
             )
         return self._device_mesh[device_type]
 
     def axis_mesh(self, axis: int, device_type: str) -> DeviceMesh:
         mesh = self.device_mesh(device_type)
-        return mesh if len(self.axes) == 1 else mesh[self.names[axis]]
+        return mesh if len(self.axes) == 1 else mesh[(mesh.mesh_dim_names or self.names)[axis]]
 
-    def close(self) -> None:
+    def leave(self) -> None:
+        """Drop all groups, which closes this rank's connections; the next use makes new ones, on every rank."""
+        groups = [*self._groups.values(), *(g for g in (self._control, self._channel) if g is not None)]
         self._groups.clear()
-        self._channel = None
-        self._device_mesh.clear()
+        self._channel = self._control = None
+        for mesh in (self, *self._parts):
+            for device_mesh in mesh._device_mesh.values():
+                getattr(device_mesh, "_pg_registry", {}).clear()  # torch keeps meshes in caches
+            mesh._device_mesh.clear()
+            mesh._generation += 1
+        closing = [threading.Thread(target=_close, args=([g],), daemon=True) for g in groups]
+        del groups
+        for thread in closing:  # one that still waits in a collective of its own ends when the others leave
+            thread.start()
+        for thread in closing:
+            thread.join(0.5)
 
     def __repr__(self) -> str:
         return "ModelMesh(" + ", ".join(f"{a.name}={a.size} ({a.kind})" for a in self.axes) + ")"
+
+
+def _close(held: list[dist.ProcessGroup]) -> None:
+    with suppress(Exception):  # it may be half gone
+        if dist.get_backend(held[0]) == "nccl":
+            held[0].abort()
+        dist.destroy_process_group(held[0])
+    held.clear()

@@ -6,6 +6,7 @@ Everything travels as bytes, so bool, fp8 and complex need nothing special.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from math import prod
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+
+_STEP = timedelta(seconds=0.2)
 
 __all__ = [
     "all_gather_flat",
@@ -73,6 +76,20 @@ def extremes(values: Tensor, group: dist.ProcessGroup, device: torch.device) -> 
     their number."""
     values = values.to(device)
     both = torch.cat([values, -values])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    _wait(dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group, async_op=True), both)
     high, low = both.cpu().chunk(2)
     return -low, high
+
+
+def _wait(work: Any, tensor: Tensor) -> None:
+    """Wait for ranks that may be long in coming, so that Ctrl-C is heard in between."""
+    if tensor.is_cuda or not hasattr(work, "is_completed"):
+        work.wait()
+        return
+    while True:
+        try:
+            work.wait(_STEP)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise

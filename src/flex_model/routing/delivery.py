@@ -55,12 +55,17 @@ class Item:
     beside: Beside | None = None  # what identifies its rows, and travels with it
     shapes: Shapes | None = None
     full: Tensor | Parts | None = None  # here, once it has arrived
+    failure: Exception | None = None  # why it could not be finished or put away on this rank
 
     def complete(self, full: Tensor | Parts) -> None:
-        if isinstance(full, Parts):
-            self.full = replace(full, tensors=tuple(self._completed(t) for t in full.tensors))
-        else:
-            self.full = self._completed(full)
+        """Runs between collectives, so that a failure must wait."""
+        try:
+            if isinstance(full, Parts):
+                self.full = replace(full, tensors=tuple(self._completed(t) for t in full.tensors))
+            else:
+                self.full = self._completed(full)
+        except Exception as error:
+            self.failure = error
 
     def _completed(self, full: Tensor) -> Tensor:
         full = full / self.scale if self.scale != 1 else full
@@ -95,10 +100,11 @@ def to_host(tensor: Tensor, device: torch.device | None) -> Tensor:
     return tensor.detach().to(device, copy=True)
 
 
-def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
+def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> list[tuple[Item, Exception]]:
     """Bring every item where it is wanted. Collective: all ranks of the mesh pass the same items in the same order.
 
-    Raises ShapeError, on every rank and before anything is delivered, where a full shape is not the expected one.
+    Returns what could not be finished or put away on this rank; everything else is delivered all the same. Raises
+    ShapeError, on every rank and before anything is delivered, where a full shape is not the expected one.
     """
     items = [*(i.beside.item for i in items if i.beside is not None), *items]
     moving = [i for i in items if i.layout.moving_axes]
@@ -125,8 +131,12 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
         for bucket in _buckets([i for i in moving if i.mode == "all" and _lines(i, mesh) == axes]):
             _to_all(bucket, mesh, buffers) if axes is None else _along_lines(bucket, axes, mesh, buffers)
     for item in items:  # in the order of the calls, whatever moved first
-        if item.full is not None:
-            item.put(item.full if item.beside is None else item.beside.join(item.full))
+        try:
+            if item.full is not None and item.failure is None:
+                item.put(item.full if item.beside is None else item.beside.join(item.full))
+        except Exception as error:
+            item.failure = error
+    return [(item, item.failure) for item in items if item.failure is not None]
 
 
 def exchange_shapes(mine: Sequence[tuple[int, ...]], mesh: ModelMesh, device: torch.device) -> list[Shapes]:
