@@ -59,12 +59,12 @@ class Outbox:
     def _point(self, edited: bool) -> None:
         mesh = self.runtime.mesh
         data = any(a.kind == "data" for a in mesh.axes)
-        new = bool(self.claims)
+        first = new = bool(self.claims)
         # On tensor axes alone all ranks run the same code on the same data, so that they ask alike without asking.
         uneven = self.runtime.uneven
         if edited or data or uneven or any(_moves(s) for s in self.waiting):
             rows = self.status.exchange([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
-            new = any(claims for _, claims, _ in rows)
+            first = new = any(claims for _, claims, _ in rows)
             if (data or uneven) and len({(count, mark) for count, _, mark in rows}) > 1:
                 self._settle(new)
                 new = False
@@ -73,6 +73,7 @@ class Outbox:
                 self.status.same_on_all(rows)
         self._settle(new)
         items, refused = self._items()
+        self._tell_of_selections(first)
         self.deliver(items)
         self.raise_refused(refused)
 
@@ -80,6 +81,11 @@ class Outbox:
         staged, self.waiting, self.forwards = self.waiting, [], 0
         refused, self.refused = self.refused, []
         return [i for s in staged if (i := self.item(s, refused)) is not None], refused
+
+    def _tell_of_selections(self, first: bool) -> None:
+        """Selections from shards were made just now, for the first time or from a step's microbatches: did any fail?"""
+        if first and any(b.selection is not None for b in self.runtime.bounds if b.enabled):
+            self.status.exchange([])
 
     def _point_of_stages(self) -> None:
         """``point`` of a pipeline: each stage delivers to its own ranks, then the stages to one another."""
@@ -92,6 +98,7 @@ class Outbox:
             self.waiting = align(self.runtime, self.waiting, self.forwards)
         self._settle(new)
         items, refused = self._items()
+        self._tell_of_selections(True)
         parcels = self._parcels(items, refused)
         bounds = self.runtime.bounds
 
@@ -174,7 +181,11 @@ class Outbox:
             if (error := refusal(self.runtime, bound, local, layout)) is not None:
                 refused.append((bound, staged.key, error))
                 return None
-            taken = self.select_on_shards(bound, local, layout)
+            try:
+                taken = self.select_on_shards(bound, local, layout)
+            except Exception as problem:
+                self.status.note("select", bound.where, problem)
+                return None
             if taken is not None:
                 local, layout = taken
             else:

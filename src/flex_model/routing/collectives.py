@@ -6,7 +6,6 @@ Everything travels as bytes, so bool, fp8 and complex need nothing special.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from math import prod
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+from flex_model.routing.watch import wait
 
-_STEP = timedelta(seconds=0.2)
+all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 
 __all__ = [
     "all_gather_flat",
@@ -76,20 +75,6 @@ def extremes(values: Tensor, group: dist.ProcessGroup, device: torch.device) -> 
     their number."""
     values = values.to(device)
     both = torch.cat([values, -values])
-    _wait(dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group, async_op=True), both)
+    wait(dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group, async_op=True), both)
     high, low = both.cpu().chunk(2)
     return -low, high
-
-
-def _wait(work: Any, tensor: Tensor) -> None:
-    """Wait for ranks that may be long in coming, so that Ctrl-C is heard in between."""
-    if tensor.is_cuda or not hasattr(work, "is_completed"):
-        work.wait()
-        return
-    while True:
-        try:
-            work.wait(_STEP)
-            return
-        except RuntimeError:
-            if work.is_completed():
-                raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import re
 import threading
 import time
@@ -26,15 +27,19 @@ from typing import Any
 from zlib import crc32
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from flex_model.errors import FlexModelError, MismatchError, PeerError
 
-__all__ = ["Failure", "NoWatch", "Watch", "mark_shared"]
+__all__ = ["Failure", "NoWatch", "Watch", "mark_shared", "wait"]
 
+logger = logging.getLogger(__name__)
 _OF_RANKS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out|Broken pipe|Socket|process group")
 _ANSWER = 3.0  # seconds that a living process has to answer in; its thread looks every _PULSE
 _PULSE = 0.5
+_PATIENCE = timedelta(seconds=0.5)
+_LONG = 10.0  # seconds of waiting after which it is said for whom
 _count: Counter[tuple[int, ...]] = Counter()
 
 
@@ -89,6 +94,7 @@ class Watch:
         self.epoch, self.entered, self.call, self.place = 0, 0, -1, ""
         self.passed: Any = ""  # a site, or what has one as ``where``
         self._told: tuple[Any, ...] = ()
+        self._warned = -1
         _pulse.add(self)
 
     # -- this rank ---------------------------------------------------------------------------------------------
@@ -115,6 +121,17 @@ class Watch:
         self.epoch += 1
         self._leave()
 
+    def waiting(self, seconds: float) -> None:
+        """Called now and then while this rank waits: has another one failed? Raises what there is to raise."""
+        place = _name(self.place)
+        failure = self.posted()
+        if failure is not None:
+            raise self.end(failure, place)
+        if seconds > _LONG and self._warned != self.entered:
+            self._warned = self.entered
+            told = self._where_others_are(place, self.ask())[0] or "all ranks are here by now"
+            logger.warning("rank %d has waited %.0f s at %s: %s", self.rank, seconds, place, told)
+
     # -- the others --------------------------------------------------------------------------------------------
     def explain(self, error: BaseException, place: str) -> BaseException:
         """What is behind an exception that a collective raised at ``place``; itself, if it has to do with no rank."""
@@ -122,6 +139,7 @@ class Watch:
             isinstance(error, dist.DistError) or _OF_RANKS.search(str(error))
         ):
             return error
+        traceback.clear_frames(error.__traceback__)  # what they hold of a group would keep its connections open
         return self.end(self.posted() or self._post(self._investigate(place, error)), place)
 
     def end(self, failure: Failure, place: str) -> FlexModelError:
@@ -157,27 +175,28 @@ class Watch:
         posted = self.posted()
         if posted is not None:
             return posted
-        lines, waiting = [], []
-        for rank in self.ranks:
-            beat, alive = beats.get(rank, (None, False))
-            before = "before it met any site" if beat is None or not beat.passed else f"last passed {beat.passed}"
-            when = "" if beat is None or beat.call < 0 else f" in call {beat.call}"
-            if rank == self.rank:
-                continue
-            if not alive:
-                lines.append(f"rank {rank} does not answer (its process is gone); it {before}{when}")
-            elif beat is not None and (not beat.place or beat.epoch != self.epoch):
-                lines.append(f"rank {rank} is alive but has not come; it {before}{when}")
-            elif beat is not None and beat.place != place:
-                waiting.append(f"rank {rank} is at {beat.place}{when}")
-        told = "; ".join([*lines, *waiting][:8])
-        if len(lines) + len(waiting) > 8:
-            told += f"; and {len(lines) + len(waiting) - 8} more"
-        if not told:
-            told = f"all ranks answer, but the exchange failed: {str(error)[:300]}"
-        kind = "mismatch" if waiting and not lines else "absent"
+        told, all_wait = self._where_others_are(place, beats)
+        told = told or f"all ranks answer, but the exchange failed: {str(error)[:300]}"
         found = f"rank {self.rank} cannot go on from {place} in call {self.call}: {told}."
-        return Failure(kind, self.rank, place, self.call, found)
+        return Failure("mismatch" if all_wait else "absent", self.rank, place, self.call, found)
+
+    def _where_others_are(self, place: str, beats: dict[int, tuple[_Beat | None, bool]]) -> tuple[str, bool]:
+        """In words, of ranks that are not at ``place``; and whether all of them wait at others."""
+        away, elsewhere = [], []
+        for rank, (beat, alive) in sorted(beats.items()):
+            when = "" if beat is None or beat.call < 0 else f" in call {beat.call}"
+            last = (
+                "it has told of no site" if beat is None or not beat.passed else f"it last told of {beat.passed}{when}"
+            )
+            if not alive:
+                away.append(f"rank {rank} does not answer (its process is gone); {last}")
+            elif beat is not None and (not beat.place or beat.epoch != self.epoch):
+                away.append(f"rank {rank} is alive but has not come; {last}")
+            elif beat is not None and beat.place != place:
+                elsewhere.append(f"rank {rank} is at {beat.place}{when}")
+        told = [*away, *elsewhere]
+        more = f"; and {len(told) - 8} more" if len(told) > 8 else ""
+        return "; ".join(told[:8]) + more, bool(elsewhere) and not away
 
     def ask(self) -> dict[int, tuple[_Beat | None, bool]]:
         """{rank: (where it is, or was when it last said so; whether it has answered)} of the other ranks."""
@@ -226,12 +245,14 @@ class _At:
         self.watch, self.place, self.before = watch, place, ""
 
     def __enter__(self) -> None:
-        watch = self.watch
+        global _current
+        watch = _current = self.watch
         self.before, watch.place = watch.place, self.place
         watch.entered += 1
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        watch = self.watch
+        global _current
+        watch, _current = self.watch, None
         if error is not None and not _shared(error):
             told = watch.explain(error, _name(self.place))
             watch.place = self.before
@@ -239,6 +260,23 @@ class _At:
                 raise told from error
             return
         watch.place, watch.passed = self.before, self.place
+
+
+def wait(work: Any, tensor: Tensor) -> None:
+    """Wait for ranks that may be long in coming. In between Ctrl-C is heard, and who has failed."""
+    if tensor.is_cuda or not hasattr(work, "is_completed"):
+        work.wait()
+        return
+    start = time.monotonic()
+    while True:
+        try:
+            work.wait(_PATIENCE)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise
+        if _current is not None:
+            _current.waiting(time.monotonic() - start)
 
 
 def mark_shared(error: BaseException) -> None:
@@ -286,3 +324,4 @@ class _Pulse:
 
 
 _pulse = _Pulse()
+_current: Watch | None = None  # whose collective runs
