@@ -147,7 +147,7 @@ def backward_edit_raises(fm: FlexModel, model: Model, engine: str) -> None:
 
 def model_raises(fm: FlexModel, model: Model, engine: str) -> None:
     model.broken = _raise if _here() else None
-    with fm.capture("**"):
+    with fm.capture("first.*"):
         fm(_x(engine))
 
 
@@ -160,19 +160,19 @@ def block_raises(fm: FlexModel, model: Model, engine: str) -> None:
 
 def killed(fm: FlexModel, model: Model, engine: str) -> None:
     model.broken = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if _here() else None
-    with fm.capture("**"):
+    with fm.capture("first.*"):
         fm(_x(engine))
 
 
 def sleeps(fm: FlexModel, model: Model, engine: str) -> None:
     model.broken = (lambda: time.sleep(SOON.total_seconds() * 2)) if _here() else None
-    with fm.capture("**"):
+    with fm.capture("first.*"):
         fm(_x(engine))
 
 
 def interrupted(fm: FlexModel, model: Model, engine: str) -> None:
     model.broken = (lambda: os.kill(os.getpid(), signal.SIGINT)) if _here() else None
-    with fm.capture("**"):
+    with fm.capture("first.*"):
         fm(_x(engine))
 
 
@@ -226,6 +226,16 @@ def skipped(fm: FlexModel, model: Model, engine: str) -> None:
         fm(_x(engine))
 
 
+def other_results(fm: FlexModel, model: Model, engine: str) -> None:
+    fm._runtime.context.check = True  # as FLEX_MODEL_CHECK does
+    try:
+        scale = 3.0 if _here() else 2.0
+        with fm.edit("second.up", lambda x: torch.where(torch.arange(16) == 5, x * scale, x)):
+            fm(_x(engine))
+    finally:
+        fm._runtime.context.check = False
+
+
 def put_fails(fm: FlexModel, model: Model, engine: str) -> None:
     class Full:
         def put(self, key: Any, value: Any) -> None:
@@ -256,6 +266,7 @@ MATRIX = {
     "another order": Fault(other_order, "MismatchError", "MismatchError", "hook 0 is"),
     "another function": Fault(other_function, "MismatchError", "MismatchError", "edit="),
     "another select": Fault(other_select, "MismatchError", "MismatchError", "slice(0, 2, None)"),
+    "another result, in check mode": Fault(other_results, "MismatchError", "MismatchError", "element (0, 5)"),
     "registers alone": Fault(registers_alone, "PeerError", "PeerError", "has waited 4 s with 1 hooks (second.up"),
     "the model raises": Fault(model_raises, "ValueError", "PeerError", "ValueError: the fault"),
     "Ctrl-C": Fault(interrupted, "KeyboardInterrupt", "PeerError", "KeyboardInterrupt"),

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.hook_function import Call
+from flex_model.core.same_answer import check_same_answer
 from flex_model.errors import EditError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
@@ -163,6 +164,8 @@ def _every_rank(bound: Bound, context: EditContext, local: Tensor, layout: Layou
         return out, local
     full = route.unshard(local)
     out = _call(bound, context, full, index, call)
+    if context.check:
+        check_same_answer(bound, context.mesh, full if out is None else out)
     whole = full if bound.axes is None and not route.own_part else None
     return (None if out is None else route.reshard(out)), whole
 

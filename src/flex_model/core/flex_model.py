@@ -291,11 +291,9 @@ class FlexModel(nn.Module):
         runtime.bounds += bounds
         runtime.install()
         try:
-            yield acts
-            runtime.outbox.flush()
-        except BaseException as error:
-            runtime.watch.fail(error)
-            raise
+            with runtime.watch.telling():
+                yield acts
+                runtime.outbox.flush()
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
             runtime.outbox.discard(bounds)
@@ -328,10 +326,8 @@ class FlexModel(nn.Module):
         runtime.bounds += bounds
         runtime.install()
         try:
-            yield [b.hook for b in bounds]
-        except BaseException as error:
-            runtime.watch.fail(error)
-            raise
+            with runtime.watch.telling():
+                yield [b.hook for b in bounds]
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
             runtime.install()

@@ -118,7 +118,20 @@ def on_gradient(
     rows: Gathered | None,
     grad: Tensor,
 ) -> Tensor | None:
-    """The gradient of a value arrives."""
+    """The gradient of a value arrives. An error in here ends the backward of this rank alone, so others are told."""
+    with runtime.watch.telling():
+        return _on_gradient(runtime, watchers, index, form, call, rows, grad)
+
+
+def _on_gradient(
+    runtime: Runtime,
+    watchers: list[tuple[Bound, bool]],
+    index: int,
+    form: Form,
+    call: ActiveCall,
+    rows: Gathered | None,
+    grad: Tensor,
+) -> Tensor | None:
     runtime.backward.arm(call)
     forward = runtime.inference.lookup(form) or runtime.inference.known.get(form)
     if forward is None or isinstance(forward, LayoutError):

@@ -9,17 +9,14 @@ After a failure every rank makes its groups anew: failures count epochs, and wha
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import re
-import threading
 import time
 import traceback
-import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -31,13 +28,13 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from flex_model.errors import FlexModelError, MismatchError, PeerError
+from flex_model.routing.pulse import PERIOD, pulse
 
 __all__ = ["Failure", "NoWatch", "Watch", "mark_shared", "wait"]
 
 logger = logging.getLogger(__name__)
 _OF_RANKS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out|Broken pipe|Socket|process group")
-_ANSWER = 3.0  # seconds that a living process has to answer in; its thread looks every _PULSE
-_PULSE = 0.5
+_ANSWER = 3.0  # seconds that a living process has to answer in; its thread looks every PERIOD
 _PATIENCE = timedelta(seconds=0.5)
 _LONG = 10.0  # seconds of waiting after which it is said for whom
 _count: Counter[tuple[int, ...]] = Counter()
@@ -95,7 +92,7 @@ class Watch:
         self.passed: Any = ""  # a site, or what has one as ``where``
         self._told: tuple[Any, ...] = ()
         self._warned = -1
-        _pulse.add(self)
+        pulse.add(self)
 
     # -- this rank ---------------------------------------------------------------------------------------------
     def at(self, place: Any) -> _At:
@@ -111,6 +108,15 @@ class Watch:
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         self._post(Failure("error", self.rank, place, self.call, text, lines))
         self.leave()
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What is raised in here ends this rank alone: the others are told."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
 
     def leaves(self, leave: Callable[[], None]) -> None:
         """The groups are others now: an engine was applied."""
@@ -210,7 +216,7 @@ class Watch:
                 out[rank] = (beat, beat is not None and beat.asked >= number)
             if all(alive for _, alive in out.values()) or time.monotonic() > deadline or self.posted() is not None:
                 return out
-            time.sleep(_PULSE / 5)
+            time.sleep(PERIOD / 5)
 
     def beat_of(self, rank: int) -> _Beat | None:
         key = f"beat/{rank}"
@@ -231,6 +237,9 @@ class NoWatch:
     call, passed = -1, ""
 
     def at(self, place: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def telling(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def fail(self, error: BaseException) -> None: ...
@@ -292,36 +301,4 @@ def _name(place: Any) -> str:
     return place if isinstance(place, str) else str(place.where)
 
 
-class _Pulse:
-    """The thread of this process that answers for all its watches."""
-
-    def __init__(self) -> None:
-        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
-
-    def add(self, watch: Watch) -> None:
-        self._watches.add(watch)
-        if self._thread is None or not self._thread.is_alive():  # not there, or left behind by a fork
-            self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._run, args=(self._stop,), name="flex_model pulse", daemon=True)
-            self._thread.start()
-            atexit.register(self.stop)
-
-    def stop(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(1)
-
-    def _run(self, stop: threading.Event) -> None:
-        while not stop.wait(_PULSE):
-            for watch in list(self._watches):
-                try:
-                    watch.beat()
-                except RuntimeError:  # the store is gone: there is nobody to tell
-                    self._watches.discard(watch)
-            watch = None  # type: ignore[assignment]
-
-
-_pulse = _Pulse()
 _current: Watch | None = None  # whose collective runs
