@@ -86,6 +86,8 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
         raise ShapeError(problem)
     selection = bound.selection
     value = full if selection is None else selection.take(full)
+    if bound.hook.random and not isinstance(full, DTensor):
+        value = value.contiguous()  # torch draws in the order of the memory, and what was gathered has no other
     live = value
     if bound.may_write and not isinstance(full, DTensor):
         value = value.clone()  # others may use this memory
@@ -216,7 +218,10 @@ def _sharded(bound: Bound, context: EditContext, local: Tensor, layout: Layout, 
 
 
 class _NoLostWrites(TorchDispatchMode):
-    """DTensor drops writes through a view that crosses the sharded dim: any write through a view is an error here."""
+    """DTensor drops writes through a view that crosses the sharded dim: any write through a view is an error here.
+
+    So is drawing random numbers for a value: each rank would draw those of a shard, and not of the whole.
+    """
 
     def __init__(self, bound: Bound) -> None:
         super().__init__()
@@ -232,6 +237,11 @@ class _NoLostWrites(TorchDispatchMode):
                         f"{self.bound.where}: an edit with run='sharded' writes in place through a view ({func}), "
                         f"which could be lost; use an out-of-place operation such as torch.where or slice_scatter."
                     )
+        if torch.Tag.nondeterministic_seeded in func.tags and any(isinstance(a, DTensor) for a in args):
+            raise EditError(
+                f"{self.bound.where}: an edit with run='sharded' draws random numbers ({func}), which would not be those "
+                f"of the whole value; use run='every_rank'."
+            )
         out = func(*args, **(kwargs or {}))
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
             for tensor in out if isinstance(out, (tuple, list)) else (out,):

@@ -116,11 +116,12 @@ class Inference:
     ) -> None:
         """A forward of ``module`` starts in which wanted values are new: keep its inputs, and probe the batch."""
         inside = {id(m) for m in module.modules()}
-        fresh = {k: m for k, m in wanted.items() if (self._kind, *k) not in self._probed and id(m) in inside}
+        wanted = {k: m for k, m in wanted.items() if id(m) in inside}
+        fresh = {(self._kind, *k) for k in wanted} - self._probed
         if not fresh:
             return
-        self._probed |= {(self._kind, *key) for key in fresh}
-        self._watched = {key[:2]: m for key, m in fresh.items()}
+        self._probed |= fresh
+        self._watched = {key[:2]: m for key, m in wanted.items()}  # known ones may take another form in this call
         called, args, kwargs = self.engines.entry(module, args, kwargs)
         self._entered = called is not module
         self._inputs = (called, *copy_tree((args, kwargs), lambda t: t.detach().clone()))

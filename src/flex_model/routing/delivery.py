@@ -273,7 +273,7 @@ def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
         return Parts((item.local,), ({mesh.names[i]: mesh.coordinate[i] for i in item.layout.parted},))
     shape = _full_shape(item, mesh)
     return DTensor.from_local(
-        straighten(item.local, item.layout, mesh),
+        straighten(item.local if item.scale == 1 else item.local / item.scale, item.layout, mesh),
         mesh.device_mesh(item.local.device.type),
         straight_layout(item.layout).placements,
         run_check=False,

@@ -36,7 +36,7 @@ class Selection:
             out[self._index] = new
             return out
         part = self.take(out)
-        if part._base is not None or part is out:
+        if part._base is out or part is out:  # not a view of a copy, such as of x.flip(0)
             part.copy_(new)
             return out
         where = tuple(self.take(_coordinates(tuple(value.shape), d)) for d in range(value.dim()))
