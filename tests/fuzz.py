@@ -32,26 +32,27 @@ WORLDS = {1: ("solo",), 2: ("ddp", "fsdp2", "tp", "tp_dtensors", "sp"), 4: ("ddp
 
 
 # -- nets ------------------------------------------------------------------------------------------------------
-@st.composite
-def specs(draw: st.DrawFn, kinds: tuple[str, ...], *, main: bool = True, depth: int = 2) -> Spec:
+def specs(draw: st.DrawFn, kinds: tuple[str, ...], *, main: bool = True) -> Spec:
     """A tree with kinds of tensors in it, the main one among them if there must be one."""
-    leaf = st.sampled_from(kinds).map(lambda k: (k,))
-    const = st.sampled_from([None, 3, "text", True, 2.5, ()]).map(lambda c: ("const", c))
-    node = st.recursive(leaf | leaf | const, _containers, max_leaves=4)
-    spec = draw(st.just(("x",)) | node | _containers(node))
+    spec = ("x",) if draw(st.booleans()) else _spec(draw, kinds, depth=3)
     return spec if not main or "x" in fuzz_models.kinds(spec) else ("tuple", spec, ("x",))
 
 
-def _containers(inner: st.SearchStrategy[Spec]) -> st.SearchStrategy[Spec]:
-    several = st.lists(inner, min_size=1, max_size=3)
-    keys = st.permutations(["hidden", "a", "z"])
-    return st.one_of(
-        several.map(lambda s: ("tuple", *s)),
-        several.map(lambda s: ("list", *s)),
-        st.tuples(several, keys).map(lambda p: ("dict", *zip(p[1], p[0], strict=False))),
-        st.tuples(inner, inner).map(lambda p: ("data", *p)),
-        st.tuples(inner, inner).map(lambda p: ("pair", *p)),
-    )
+CONSTANTS = (None, 3, "text", True, 2.5, ())
+NODES = st.sampled_from(["leaf", "leaf", "leaf", "tuple", "list", "dict", "data", "pair", "const"])
+
+
+def _spec(draw: st.DrawFn, kinds: tuple[str, ...], depth: int) -> Spec:
+    head = draw(NODES) if depth < 3 else draw(st.sampled_from(["tuple", "list", "dict", "data", "pair"]))
+    if head == "const" or (head != "leaf" and not depth):
+        return ("const", draw(st.sampled_from(CONSTANTS)))
+    if head == "leaf":
+        return (draw(st.sampled_from(kinds)),)
+    count = 2 if head in ("data", "pair") else draw(st.integers(1, 3))
+    inner = [_spec(draw, kinds, depth - 1) for _ in range(count)]
+    if head == "dict":
+        return ("dict", *zip(draw(st.permutations(["hidden", "a", "z"])), inner, strict=False))
+    return (head, *inner)
 
 
 def allowed_kinds(engine: str) -> tuple[str, ...]:
@@ -64,8 +65,8 @@ def scenes(draw: st.DrawFn, engines: tuple[str, ...]) -> Scene:
     engine = draw(st.sampled_from(engines))
     tensor, sequence = "tp" in AXES[engine] and engine != "solo", engine in ("sp", "2d_sp")
     kinds = allowed_kinds(engine)
-    value = draw(specs(kinds))
-    named = draw(st.none() | specs(kinds, main=False))
+    value = specs(draw, kinds)
+    named = specs(draw, kinds, main=False) if draw(st.booleans()) else None
     recompute = draw(st.sampled_from(["", "", "plain", "reentrant"]))
     if recompute == "reentrant" and (value != ("x",) or named is not None):
         recompute = "plain"  # torch's reentrant kind sees tensors among the arguments only
@@ -79,7 +80,7 @@ def scenes(draw: st.DrawFn, engines: tuple[str, ...]) -> Scene:
         repeat=draw(st.sampled_from([1, 1, 1, 2])),
         value=value,
         named=named,
-        output=None if sequence else draw(st.none() | specs(kinds, main=False)),
+        output=None if sequence or draw(st.booleans()) else specs(draw, kinds, main=False),
         floats=not sequence and draw(st.booleans()),
         recompute=recompute,
         dtype=draw(st.sampled_from(["float64", "float64", "float32"])),
@@ -186,9 +187,7 @@ def hooks(draw: st.DrawFn, scene: Scene, rounds: int) -> Hook:
         name, shape = draw(st.sampled_from(parameters))
         select = draw(st.none() | st.none() | selects(shape)) if draw(st.booleans()) else None
         edit = draw(_edits([(shape, True)], select, "tensor")) if via != "capture" else ""
-        return Hook(
-            name, "tensor", via, 0, select, edit, deliver=draw(_deliver(via)), groups=groups, rounds=span
-        )
+        return Hook(name, "tensor", via, 0, select, edit, deliver=draw(_deliver(via)), groups=groups, rounds=span)
     place = draw(st.sampled_from(sides))
     idx = draw(indices(place))
     found = _named(place, idx)

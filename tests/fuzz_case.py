@@ -268,7 +268,9 @@ class Oracle:
             output = self.net(ids) if more is None else self.net(ids, more)
             self.index_of[call] = self.calls
             self.calls += bool(self.now)
-            self.outputs.append(fuzz_models.replaced(output, [t.detach().clone() for _, t in fuzz_models.leaves(output)]))
+            self.outputs.append(
+                fuzz_models.replaced(output, [t.detach().clone() for _, t in fuzz_models.leaves(output)])
+            )
             ranks = range(len(self.scene.batches))
             losses = [fuzz_models.loss(fuzz_models.part(self.scene, output, r)) for r in ranks]
             return torch.stack(losses).mean() if now.backward else torch.zeros(())

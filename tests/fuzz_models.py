@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+torch.set_num_threads(1)
+
 Spec = tuple[Any, ...]
 
 

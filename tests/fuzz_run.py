@@ -278,7 +278,9 @@ class Run:
         there = self.case.deliver != "main" or self.scene.engine == "solo" or dist.get_rank() == 0
         wanted = want if there else {}
         if set(self.output) != set(wanted):
-            self.outcome.problems.append(f"output_ptr has {sorted(map(str, self.output))} for {sorted(map(str, wanted))}")
+            self.outcome.problems.append(
+                f"output_ptr has {sorted(map(str, self.output))} for {sorted(map(str, wanted))}"
+            )
             return
         for key, values in wanted.items():
             self._lists(f"output_ptr[{key!r}]", self.output[key], values, self.case.deliver)
