@@ -63,7 +63,7 @@ def allowed_kinds(engine: str) -> tuple[str, ...]:
 @st.composite
 def scenes(draw: st.DrawFn, engines: tuple[str, ...]) -> Scene:
     engine = draw(st.sampled_from(engines))
-    tensor, sequence = "tp" in AXES[engine] and engine != "solo", engine in ("sp", "2d_sp")
+    sequence = engine in ("sp", "2d_sp")
     kinds = allowed_kinds(engine)
     value = specs(draw, kinds)
     named = specs(draw, kinds, main=False) if draw(st.booleans()) else None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import traceback
 import warnings
-from collections import Counter
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import engines
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from fuzz_case import Case, Hook, Oracle, Round, backwards, trainables, zero
 from fuzz_models import Scene
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from flex_model import FlexModel, HookFunction
@@ -84,10 +84,17 @@ def run_case(case: Case) -> Outcome:
         outcome.problems.append(traceback.format_exc())
     if outcome.problems:
         _placed.clear()
-    elif not outcome.refused:
-        assert run.fm is not None
+    if run.fm is not None:
         run.fm.restore()
     return outcome
+
+
+def fresh(model: nn.Module) -> None:
+    """No gradients: also none on the shards, where FSDP2 has left parameters whole after a forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    zero(model)
 
 
 class Run:
@@ -112,12 +119,12 @@ class Run:
 
     def _bits(self, run: Any) -> list[Tensor]:
         """All outputs and gradients of a run, as this rank has them."""
-        zero(self.placed.model)
+        fresh(self.placed.model)
         self.outputs, self.call = [], 0
         if run is None:
             for now in self.case.rounds:
                 if not now.keep:
-                    zero(self.placed.model)
+                    fresh(self.placed.model)
                 backwards(now, functools.partial(self._forward, self.placed.model, now), self.call)
         else:
             run()
@@ -139,12 +146,10 @@ class Run:
         )
         return engines.whole(fuzz_models.loss(output)) if now.backward else torch.zeros(())
 
-    leaves: list[list[Tensor]] = []
-
     # -- with hooks --------------------------------------------------------------------------------------------
     def _hooked(self) -> None:
         case, model = self.case, self.placed.model
-        zero(model)
+        fresh(model)
         self.outputs, self.call, self.leaves = [], 0, []
         self.output: dict[Any, list[Any]] = {}
         fm = self.fm = FlexModel(model, self.output, deliver=case.deliver)  # type: ignore[arg-type]
@@ -159,7 +164,7 @@ class Run:
                 if hook.via == "register" and i not in handles:
                     handles[i] = self._register(fm, hook)
             if not now.keep:
-                zero(fm)
+                fresh(fm)
             self.leaves = []
             with ExitStack() as stack:
                 for i, hook in case.at(number):
@@ -335,11 +340,3 @@ class Run:
                 start = rows * sum(self.scene.batches[: self.placed.index])
                 want = want.narrow(placement.dim, start, rows * self.scene.batches[self.placed.index])
         self._same(label, got.to_local(), want)
-
-
-def counted(outcomes: list[Outcome]) -> Counter[str]:
-    return Counter(r for o in outcomes for r in o.refused)
-
-
-def without(case: Case, number: int) -> Case:
-    return replace(case, hooks=case.hooks[:number] + case.hooks[number + 1 :])

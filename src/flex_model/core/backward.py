@@ -60,6 +60,7 @@ class Backward:
         self.arm(call)
 
     def forget(self) -> None:
+        self.runtime.show_again()
         self.call, self.edited = None, False
         self.staged, self.claims = [], {}
         self._before.clear()
@@ -68,6 +69,8 @@ class Backward:
         """The backward of ``call`` has begun; be called when the outermost backward is done, after the engines are."""
         first = self.call is None
         self.call = call
+        if call.snapshots and call.place is None:
+            self.runtime.show(call.bounds)
         if not first or call.place is not None:  # a pipeline's step has an end of its own
             return
         self._task = in_backward()
@@ -146,6 +149,7 @@ class Backward:
             self._deliver()
 
     def _deliver(self) -> None:
+        self.runtime.show_again()
         call, self.call = self.call, None
         edited, self.edited = self.edited, False
         finished = self.finished_parameters(0 if call is None else call.index)

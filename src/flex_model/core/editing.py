@@ -239,8 +239,8 @@ class _NoLostWrites(TorchDispatchMode):
                     )
         if torch.Tag.nondeterministic_seeded in func.tags and any(isinstance(a, DTensor) for a in args):
             raise EditError(
-                f"{self.bound.where}: an edit with run='sharded' draws random numbers ({func}), which would not be those "
-                f"of the whole value; use run='every_rank'."
+                f"{self.bound.where}: an edit with run='sharded' draws random numbers ({func}), which would not be "
+                f"those of the whole value; use run='every_rank'."
             )
         out = func(*args, **(kwargs or {}))
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
