@@ -203,7 +203,7 @@ def hooks(draw: st.DrawFn, scene: Scene, rounds: int) -> Hook:
         edit = draw(_edits([(s, f) for _, s, f in found], select, kind))
     if edit:
         run = draw(st.sampled_from(["every_rank", "every_rank", "one_rank", "sharded"]))
-        if run == "sharded" and edit in fuzz_edits.IN_PLACE:
+        if run == "sharded" and (edit in fuzz_edits.IN_PLACE or select is not None):  # torch cannot put parts back
             run = "every_rank"
         if run == "one_rank" and edit in ("saves", "uses saved"):
             run = "every_rank"

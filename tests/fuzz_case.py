@@ -131,8 +131,8 @@ def trainables(scene: Scene) -> nn.ModuleDict:
 
 
 class Oracle:
-    """Runs a case on the plain net. ``seen``: {(sink, key): the tensors in it}; a sink is a hook's number (for gradients
-    of a capture: the number and "grad"), or "out" for ``output_ptr``."""
+    """Runs a case on the plain net. ``seen``: {(sink, key): the tensors in it}; a sink is a hook's number (of a
+    capture's gradients: the number and "grad"), or "out" for ``output_ptr``."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.scene = case, case.scene

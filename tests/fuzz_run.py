@@ -26,7 +26,7 @@ from flex_model.errors import DeliveryError, FlexModelError
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts
 
-TOLERANCE = {"float64": (1e-5, 1e-10), "float32": (1e-5, 1e-6)}  # relative to the largest element; absolute
+TOLERANCE = {"float64": (1e-8, 1e-12), "float32": (1e-4, 1e-5)}  # of the largest element; absolute
 _placed: dict[Scene, engines.Placed] = {}
 
 
@@ -105,6 +105,7 @@ class Run:
         self.call = 0
         self.input_grads = 0
         self.outputs: list[Any] = []
+        self.leaves: list[list[Tensor]] = []  # of the inputs of a round
         self.acts: dict[int, list[Any]] = {}
 
     def all(self) -> None:
