@@ -70,6 +70,9 @@ def scenes(draw: st.DrawFn, engines: tuple[str, ...]) -> Scene:
     recompute = draw(st.sampled_from(["", "", "plain", "reentrant"]))
     if recompute == "reentrant" and (value != ("x",) or named is not None):
         recompute = "plain"  # torch's reentrant kind sees tensors among the arguments only
+    repeat = draw(st.sampled_from([1, 1, 1, 2]))
+    if engine.startswith("ddp") and recompute == "reentrant":
+        repeat = 1  # its reducer takes one recomputation of a parameter's module
     uneven = engine in ("solo", "ddp", "fsdp2", "tp_dtensors")
     return Scene(
         engine=engine,
@@ -77,7 +80,7 @@ def scenes(draw: st.DrawFn, engines: tuple[str, ...]) -> Scene:
         hidden=draw(st.sampled_from([4, 8, 16, 5, 7] if uneven else [4, 8, 16])),
         vocabulary=draw(st.sampled_from([8, 12, 16])),
         layers=draw(st.sampled_from([1, 1, 2])),
-        repeat=draw(st.sampled_from([1, 1, 1, 2])),
+        repeat=repeat,
         value=value,
         named=named,
         output=None if sequence or draw(st.booleans()) else specs(draw, kinds, main=False),
@@ -251,6 +254,8 @@ def cases(draw: st.DrawFn, engines: tuple[str, ...]) -> Case:
     case = Case(scene, placed, several, draw(st.sampled_from(["all", "main", "local"])), draw(st.booleans()))
     case = replace(case, rounds=tuple(draw(_with_groups(case, i)) for i in range(len(several))))
     parameters = [h for h in case.hooks if h.kind == "tensor"]
+    if scene.engine == "ddp_tp":  # one forward is all that torch gives its parameters for
+        case = replace(case, bitwise=False)
     if any(h.edit in ("random", "odd calls") for h in parameters):  # of which call is the gradient of several?
         case = replace(case, rounds=tuple(replace(r, forwards=1) for r in case.rounds))
     if parameters:  # a parameter's gradient comes after the call, when the choice of groups for it is over

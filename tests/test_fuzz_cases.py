@@ -29,7 +29,7 @@ FIRST_ROWS = ("index", ("slice", None, 2))
 RIGHT = {
     "the selection of a gradient": Case(DDP, (Hook("layers.0.mlp", "full_backward", select=LAST),)),
     "the selection of a gradient on one process": Case(
-        Scene(), (Hook("layers.0.mlp", "full_backward_pre", "register", select=FIRST_ROWS),)
+        Scene(batches=(3,)), (Hook("layers.0.mlp", "full_backward_pre", "register", select=FIRST_ROWS),)
     ),
     "the selection of a sharded gradient": Case(TP, (Hook("layers.0.mlp.act", "full_backward", select=LAST),)),
     "the selection of a parameter's gradient": Case(
@@ -40,6 +40,13 @@ RIGHT = {
     "random numbers in another order of memory": Case(
         Scene(engine="ddp", batches=(2, 1), value=("tuple", ("x",), ("turned",))),
         (Hook("layers.0", via="edit", idx=1, edit="random"),),
+    ),
+    "random numbers in another order of memory on one process": Case(
+        Scene(value=("tuple", ("x",), ("turned",))), (Hook("layers.0", via="edit", idx=1, edit="random"),)
+    ),
+    "a shape over two data axes": Case(
+        Scene(engine="hsdp", batches=(1, 2, 3, 1)),
+        (Hook("layers.0", deliver="local"), Hook("norm", via="edit", edit="tanh", run="sharded")),
     ),
     "a parameter's gradient, edited in place": Case(FSDP, (Hook("head.weight", "tensor", "edit", edit="mul_"),)),
     "part of a parameter's gradient, edited": Case(
@@ -68,6 +75,9 @@ RIGHT = {
     "another form beside a new hook, on shards": Case(
         TP, (Hook("layers.0.mlp.act"), Hook("layers.0.mlp.up", rounds=(1, 1))), (EVAL, TRAIN)
     ),
+    "trained before what it was evaluated with has arrived": Case(
+        DDP, (Hook("head", via="register"),), (EVAL, TRAIN, TRAIN)
+    ),
     "gradients after calls without": Case(DDP, (Hook("layers.0", "full_backward", "register"),), (EVAL, TRAIN)),
     "gradients after calls without, on shards": Case(
         TP, (Hook("layers.0.mlp.up", "full_backward_pre", "register"),), (EVAL, TRAIN)
@@ -89,6 +99,11 @@ REFUSED = {
         "LayoutError",
         "select= takes part of a dim that is sharded",
     ),
+    "a mean over shards that DTensor takes for others": (
+        Case(FSDP, (Hook("layers.0", via="edit", edit="all mean", run="sharded"),)),
+        "EditError",
+        "sizes that DTensor does not count with",
+    ),
     "random numbers on shards": (
         Case(DDP, (Hook("layers.0", via="edit", edit="random", run="sharded"),)),
         "EditError",
@@ -98,26 +113,27 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World(2, run_case)
-    yield world
-    world.close()
+def worlds() -> Iterator[dict[int, World]]:
+    worlds = {n: World(n, run_case) for n in (1, 2, 4)}
+    yield worlds
+    for world in worlds.values():
+        world.close()
 
 
-def _outcomes(case: Case, world: World) -> list[Outcome]:
-    return [run_case(case)] if case.scene.engine == "solo" else world.ask(case)
+def _outcomes(case: Case, worlds: dict[int, World]) -> list[Outcome]:
+    return worlds[{"solo": 1, "hsdp": 4}.get(case.scene.engine, 2)].ask(case)
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right(name: str, world: World) -> None:
-    for outcome in _outcomes(RIGHT[name], world):
+def test_right(name: str, worlds: dict[int, World]) -> None:
+    for outcome in _outcomes(RIGHT[name], worlds):
         assert not outcome.problems and not outcome.refused and outcome.values
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, world: World) -> None:
+def test_refused(name: str, worlds: dict[int, World]) -> None:
     case, kind, words = REFUSED[name]
-    for outcome in _outcomes(case, world):
+    for outcome in _outcomes(case, worlds):
         assert not outcome.problems
         assert [r for r in outcome.refused if kind in r and words in r]
 

@@ -67,6 +67,7 @@ class Inference:
         self.engines, self.mesh, self.roots = engines, mesh, roots
         self.known: dict[Form, Layout | LayoutError] = {}
         self._common: dict[Form, Layout | LayoutError | None] = {}  # of a place; None where its firings differ
+        self._claimed: dict[Form, tuple[Placement, ...]] = {}  # and not settled yet
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._entered = False  # through a module of the engine's
         self._watched: Watched = {}
@@ -186,9 +187,8 @@ class Inference:
         stated.update({axis: (Shard(0), "tokens at their experts") for axis in parted})
         for axis, placement in spot.override:
             stated[axis] = (placement, "layout=")
-        known = self.known.get(form) or self.known.get(form._replace(grad_mode=not form.grad_mode))
-        if isinstance(known, Layout) and self._inputs is None:
-            for axis, placement in enumerate(known.placements):
+        if self._inputs is None:
+            for axis, placement in enumerate(self._earlier(form)):
                 stated.setdefault(axis, (placement, "an earlier call"))
         key = Key(spot.name, spot.side, occurrence)
         evidence = Evidence(
@@ -211,7 +211,17 @@ class Inference:
             **self._twin_shapes(module, key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
-        return claim(plain, evidence, self.mesh)
+        made = claim(plain, evidence, self.mesh)
+        self._claimed[form] = made.placements
+        return made
+
+    def _earlier(self, form: Form) -> Sequence[Placement]:
+        """What was found in a call before, or claimed in it and not settled yet."""
+        other = form._replace(grad_mode=not form.grad_mode)
+        known = self.known.get(form) or self.known.get(other)
+        if known is None:
+            return self._claimed.get(form) or self._claimed.get(other) or ()
+        return known.placements if isinstance(known, Layout) else ()
 
     def stated(self, value: Tensor) -> Mapping[int, tuple[Placement, str]]:
         """What the value itself says: a DTensor's placements, or those its conversion to a local tensor left."""
@@ -290,6 +300,8 @@ class Inference:
         """Agree with all ranks on the layouts claimed here. Collective."""
         if not self.mesh.axes:
             return
+        for form in claims:
+            self._claimed.pop(form, None)
         for form, found in settle(claims, self.mesh, self._device).items():
             self.known[form] = found
             place = _any_firing(form)
