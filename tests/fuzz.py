@@ -254,6 +254,9 @@ def cases(draw: st.DrawFn, engines: tuple[str, ...]) -> Case:
     case = Case(scene, placed, several, draw(st.sampled_from(["all", "main", "local"])), draw(st.booleans()))
     case = replace(case, rounds=tuple(draw(_with_groups(case, i)) for i in range(len(several))))
     parameters = [h for h in case.hooks if h.kind == "tensor"]
+    if scene.engine.startswith("ddp") and scene.recompute == "reentrant":
+        once = {"together": "each"}
+        case = replace(case, rounds=tuple(replace(r, backward=once.get(r.backward, r.backward)) for r in case.rounds))
     if scene.engine == "ddp_tp":  # one forward is all that torch gives its parameters for
         case = replace(case, bitwise=False)
     if any(h.edit in ("random", "odd calls") for h in parameters):  # of which call is the gradient of several?

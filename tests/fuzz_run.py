@@ -190,6 +190,7 @@ class Run:
                     chosen = fm.groups(now.groups, complement=now.complement)
                 stack.enter_context(chosen)
                 backwards(now, functools.partial(self._forward, fm, now, **keywords), self.call)
+            fm.flush()
             self._check_gradients(number, fm)
         for handle in handles.values():
             handle.remove()

@@ -10,6 +10,7 @@ import fuzz_models
 import parity
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import installed
 from fuzz_case import Case, Hook, Round
 from fuzz_models import Scene
@@ -17,7 +18,7 @@ from fuzz_run import Outcome, run_case, share_groups
 from fuzz_world import World
 from worlds import run_world
 
-from flex_model import FlexModel
+from flex_model import FlexModel, Site
 
 DDP = Scene(engine="ddp", batches=(2, 1))
 FSDP = Scene(engine="fsdp2", batches=(1, 2))
@@ -78,6 +79,13 @@ RIGHT = {
     "trained before what it was evaluated with has arrived": Case(
         DDP, (Hook("head", via="register"),), (EVAL, TRAIN, TRAIN)
     ),
+    "a selection that takes all there is": Case(
+        TP, (Hook("layers.0.mlp.act", select=("index", ("...", ("list", 0, 1, 2, 3, 4, 5, 6, -1)))),)
+    ),
+    "a selection of as many rows as some rank has": Case(
+        Scene(engine="ddp", batches=(1, 3)),
+        (Hook("layers.0", select=("function", "first rows")), Hook("norm", select=("index", ("list", 0, 1, 2)))),
+    ),
     "gradients after calls without": Case(DDP, (Hook("layers.0", "full_backward", "register"),), (EVAL, TRAIN)),
     "gradients after calls without, on shards": Case(
         TP, (Hook("layers.0.mlp.up", "full_backward_pre", "register"),), (EVAL, TRAIN)
@@ -122,6 +130,20 @@ def worlds() -> Iterator[dict[int, World]]:
 
 def _outcomes(case: Case, worlds: dict[int, World]) -> list[Outcome]:
     return worlds[{"solo": 1, "hsdp": 4}.get(case.scene.engine, 2)].ask(case)
+
+
+def _main_alone() -> str:
+    fm = FlexModel(engines.place("ddp", fuzz_models.make(DDP)).model)
+    with fm.capture("layers.0", hook_type="forward_pre", unpack_idx="all", deliver="main") as acts:
+        fm(fuzz_models.inputs(DDP, 0)[0])
+    with pytest.raises(KeyError) as caught:
+        acts[Site("layers.1", "forward_pre", 0)] if dist.get_rank() == 0 else acts[Site("layers.0", "forward_pre", 1)]
+    return str(caught.value)
+
+
+def test_of_several_tensors_it_is_said_where_they_went() -> None:
+    first, second = run_world(2, _main_alone)
+    assert "was not asked for" in first and "sent it to rank 0" in second
 
 
 @pytest.mark.parametrize("name", RIGHT)
