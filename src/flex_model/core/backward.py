@@ -12,7 +12,9 @@ from torch.distributed.tensor import Replicate
 from flex_model.core import fast
 from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged, in_backward
+from flex_model.core.editing import run_edit
 from flex_model.core.gradients import meet_gradient, parameter_layout
+from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form, Spot
 from flex_model.core.ragged import merge
 from flex_model.core.status import told_to_all
@@ -58,6 +60,7 @@ class Backward:
         self.arm(call)
 
     def forget(self) -> None:
+        self.runtime.show_again()
         self.call, self.edited = None, False
         self.staged, self.claims = [], {}
         self._before.clear()
@@ -66,6 +69,8 @@ class Backward:
         """The backward of ``call`` has begun; be called when the outermost backward is done, after the engines are."""
         first = self.call is None
         self.call = call
+        if call.snapshots and call.place is None:
+            self.runtime.show(call.bounds)
         if not first or call.place is not None:  # a pipeline's step has an end of its own
             return
         self._task = in_backward()
@@ -103,31 +108,30 @@ class Backward:
         form = Form(Spot(bound.name, "param", 0), grad.dim(), True)
         return meet_gradient(self.runtime, [(bound, False)], 0, form, layout, call, grad)
 
-    def _finish_parameter(self, bound: Bound) -> Staged | None:
+    def _finish_parameter(self, bound: Bound, call: int) -> Staged | None:
         """Meet the whole gradient of a backward that is done; it is the same on all ranks of the mesh."""
-        owner, attribute = self.runtime.names.parameters[bound.name]
-        engine, _ = self.runtime.engines.gradient_site(owner, attribute)
+        runtime = self.runtime
+        owner, attribute = runtime.names.parameters[bound.name]
+        engine, _ = runtime.engines.gradient_site(owner, attribute)
         assert engine is not None
         full = engine.full_gradient(owner, attribute, self._before.get(id(bound)))
         if full is None:
             return None
         bound.fired += 1
-        whole = Layout(
-            tuple(Replicate() for _ in self.runtime.mesh.axes), "the engine's own gathering", tuple(full.shape)
-        )
-        staged = Staged(bound, bound.key_of(0, False), full.clone(), layout=whole, selected=True)
+        whole = Layout(tuple(Replicate() for _ in runtime.mesh.axes), "the engine's own gathering", tuple(full.shape))
+        chosen = full if bound.selection is None else bound.selection.take(full)
+        selected = bound.selection is not None
+        staged = Staged(bound, bound.key_of(0, False), chosen.clone(), layout=whole, selected=selected)
         if bound.edit is not None:
             self.edited = True
-            assert bound.module is not None
-            with self.runtime.modules.inside_edit():
-                out = bound.edit(bound.module, full, self.runtime.save_ctx, self.runtime.modules, bound.site(0), None)
+            out, _ = run_edit(bound, runtime.context, full, whole, 0, Call(call))
             if out is not None:
                 engine.add_to_gradient(owner, attribute, out - full)
         return None if bound.sink is None else staged
 
-    def finished_parameters(self) -> list[Staged]:
-        """The gradients that are met when the backward is done."""
-        found = [self._finish_parameter(bound) for bound in self._finished_parameters()]
+    def finished_parameters(self, call: int) -> list[Staged]:
+        """The gradients that are met when the backward is done; ``call`` is the index of its forward."""
+        found = [self._finish_parameter(bound, call) for bound in self._finished_parameters()]
         self._before.clear()
         return [staged for staged in found if staged is not None]
 
@@ -145,9 +149,10 @@ class Backward:
             self._deliver()
 
     def _deliver(self) -> None:
+        self.runtime.show_again()
         call, self.call = self.call, None
         edited, self.edited = self.edited, False
-        finished = self.finished_parameters()
+        finished = self.finished_parameters(0 if call is None else call.index)
         if call is not None:
             call.snapshots.clear()
         staged, self.staged = [*finished, *self.staged], []

@@ -79,6 +79,7 @@ class ActiveCall:
     edited: bool = False
     crossed: bool = False  # an edit has talked to ranks that need not run in lockstep, so that they do
     even_axes: frozenset[int] | None = None
+    bounds: tuple[Bound, ...] = ()  # the hooks that were on: those of a recomputation, whatever is on by then
 
     @property
     def microbatch(self) -> int:

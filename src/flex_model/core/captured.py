@@ -70,7 +70,8 @@ class Captured(Mapping[str | Site, Value]):
         found = table.values.get(key)
         if found:
             return found
-        if key not in self._keys and not any(isinstance(k, Site) and k.name == key for k in table.values):
+        asked = key in self._keys or any(isinstance(k, Site) and k.name == key for k in table.values)
+        if not asked and not (self._elsewhere and isinstance(key, Site) and key.name in self._keys):
             names = ", ".join(repr(k) for k in self._keys[:5])
             raise NameNotFoundError(f"{key!r} was not asked for in this capture; it has {names}.")
         if key in self._empty:

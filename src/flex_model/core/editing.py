@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flex_model.core.bound import Bound, check_expected
+from flex_model.core.guarded import Guarded
 from flex_model.core.hook_function import Call
 from flex_model.core.same_answer import check_same_answer
 from flex_model.errors import EditError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
+from flex_model.routing.delivery import exchange_shapes
 from flex_model.routing.one_rank import OneRankRoute, tie, use_parameters
 from flex_model.routing.route import (
     Route,
@@ -28,7 +29,7 @@ from flex_model.routing.route import (
     with_part_of_gradient,
     with_whole_gradient,
 )
-from flex_model.routing.straight import straight_layout, straighten, unstraighten
+from flex_model.routing.straight import dtensor_holds, straight_layout, straighten, unstraighten
 
 __all__ = ["EditContext", "check_answer", "refuse_write", "run_edit", "seeded"]
 
@@ -87,6 +88,8 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
         raise ShapeError(problem)
     selection = bound.selection
     value = full if selection is None else selection.take(full)
+    if bound.hook.random and not isinstance(full, DTensor):
+        value = value.contiguous()  # torch draws in the order of the memory, and what was gathered has no other
     live = value
     if bound.may_write and not isinstance(full, DTensor):
         value = value.clone()  # others may use this memory
@@ -206,38 +209,19 @@ def _sharded(bound: Bound, context: EditContext, local: Tensor, layout: Layout, 
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     )
-    with _NoLostWrites(bound), context.modules.as_dtensors(device_mesh):
+    ragged = any(layout.ragged[i] and i not in context.even_axes for i in layout.sharded_axes)
+    own_sizes = ragged and not dtensor_holds(
+        layout, mesh, shape, exchange_shapes([tuple(local.shape)], mesh, local.device)[0]
+    )
+    with Guarded(bound.where, value if own_sizes else None), context.modules.as_dtensors(device_mesh):
         out = _call(bound, context, value, index, call)
     if out is None:
         return None, None
     if not isinstance(out, DTensor):
         raise EditError(f"{bound.where}: an edit with run='sharded' must return a DTensor, got {type(out).__name__}.")
     if out.placements != placements:
+        if own_sizes:
+            raise EditError(f"{bound.where}: the answer must be sharded as the value is, {placements}.")
         out = out.redistribute(placements=placements)
     back = unstraighten(out.to_local(), layout, mesh)
     return scale_gradient(back, 1 / scale), None
-
-
-class _NoLostWrites(TorchDispatchMode):
-    """DTensor drops writes through a view that crosses the sharded dim: any write through a view is an error here."""
-
-    def __init__(self, bound: Bound) -> None:
-        super().__init__()
-        self.bound = bound
-        self.views: dict[int, Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(value, DTensor) and id(value) in self.views:
-                    raise EditError(
-                        f"{self.bound.where}: an edit with run='sharded' writes in place through a view ({func}), "
-                        f"which could be lost; use an out-of-place operation such as torch.where or slice_scatter."
-                    )
-        out = func(*args, **(kwargs or {}))
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, DTensor):
-                    self.views[id(tensor)] = tensor
-        return out

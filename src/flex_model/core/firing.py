@@ -71,7 +71,10 @@ class Point:
         inner = runtime.engines.inner_rows(module, inputs) if self.apart else 1
         now = {x.index: x.tensor.unflatten(0, (-1, inner)) if self.apart else x.tensor for x in leaves}
         new: dict[int, Tensor] = {}
-        for bound in self.values:
+        values, gradients = self.values, self.gradients
+        if in_backward() != -1:
+            values, gradients = ([b for b in bounds if b in call.bounds] for bounds in (values, gradients))
+        for bound in values:
             chosen = resolve_index(leaves, bound.hook.unpack_idx)
             if not chosen:
                 _tell_nothing(bound, value, leaves)
@@ -86,13 +89,13 @@ class Point:
                 )
                 if out is not None:
                     now[leaf.index] = new[leaf.index] = out
-        if self.gradients and torch.is_grad_enabled():
-            for index, watchers in self._watched(leaves).items():
+        if gradients and torch.is_grad_enabled():
+            for index, watchers in _watched(gradients, leaves).items():
                 out = watch_gradient(runtime, watchers, index, now[index], call, occurrence, self.side)
                 if out is not None:
                     new[index] = out
-        elif self.gradients and call.checkpointed and runtime.mesh.axes:  # they are watched in the recomputation
-            for index, watchers in self._watched(leaves).items():
+        elif gradients and call.checkpointed and runtime.mesh.axes:  # they are watched in the recomputation
+            for index, watchers in _watched(gradients, leaves).items():
                 self._claim(watchers[0][0], index, now[index], call, occurrence)
         if alone:
             runtime.leave(module, None)
@@ -103,13 +106,14 @@ class Point:
         form = form_of(self.runtime, bound, index, value, occurrence, rows)
         claim_layout(self.runtime, bound, form, value, call, occurrence, rows, now=False)
 
-    def _watched(self, leaves: list[Leaf]) -> dict[int, list[tuple[Bound, bool]]]:
-        table: dict[int, list[tuple[Bound, bool]]] = {}
-        for bound in self.gradients:
-            chosen = resolve_index(leaves, bound.hook.unpack_idx)
-            for leaf in chosen:
-                table.setdefault(leaf.index, []).append((bound, len(chosen) > 1))
-        return table
+
+def _watched(gradients: Sequence[Bound], leaves: list[Leaf]) -> dict[int, list[tuple[Bound, bool]]]:
+    table: dict[int, list[tuple[Bound, bool]]] = {}
+    for bound in gradients:
+        chosen = resolve_index(leaves, bound.hook.unpack_idx)
+        for leaf in chosen:
+            table.setdefault(leaf.index, []).append((bound, len(chosen) > 1))
+    return table
 
 
 def _tell_nothing(bound: Bound, value: Any, leaves: Sequence[Leaf]) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.core.bound import Bound
+from flex_model.core.bound import Bound, check_expected
 from flex_model.core.call import ActiveCall, Staged
 from flex_model.core.editing import run_edit
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form, Spot, placements_on
 from flex_model.core.local import like, plain
 from flex_model.core.ragged import gathered, parted, refusal, whole_experts
-from flex_model.errors import LayoutError
+from flex_model.errors import LayoutError, ShapeError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import AxisKind
@@ -171,8 +171,9 @@ def meet_gradient(
         bound.fired += bound.is_gradient
         if sink is not None:
             local = plain(now.detach())
-            local = to_host(local if rows is None else rows.take(local), runtime.keep_on(layout))
-            staged = Staged(bound, key, local, _gradient_form(form), layout, True, selected=True)
+            local, selected = _selected(runtime, bound, local if rows is None else rows.take(local))
+            local = to_host(local, runtime.keep_on(layout))
+            staged = Staged(bound, key, local, _gradient_form(form), layout, True, selected=selected)
             staged.microbatch, staged.occurrence = call.microbatch, form.spot.occurrence
             staged.rows = () if rows is None else (rows,)
             if call.place is not None:
@@ -182,6 +183,20 @@ def meet_gradient(
             out = _edit_gradient(runtime, bound, index, layout, call, now, scale, rows)
             new = new if out is None else out
     return new
+
+
+def _selected(runtime: Runtime, bound: Bound, local: Tensor) -> tuple[Tensor, bool]:
+    """On one process the selection, as nothing is done to the value later; whether there is none left to be made.
+
+    The gradient of what a forward hook captures is that of the whole value.
+    """
+    if not bound.is_gradient:
+        return local, True
+    if bound.selection is None or runtime.whole.axes:
+        return local, False
+    if problem := check_expected(bound, local):
+        raise ShapeError(problem)
+    return bound.selection.take(local), True
 
 
 def _edit_gradient(

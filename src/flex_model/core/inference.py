@@ -67,6 +67,7 @@ class Inference:
         self.engines, self.mesh, self.roots = engines, mesh, roots
         self.known: dict[Form, Layout | LayoutError] = {}
         self._common: dict[Form, Layout | LayoutError | None] = {}  # of a place; None where its firings differ
+        self._claimed: dict[Form, tuple[Placement, ...]] = {}  # and not settled yet
         self._inputs: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._entered = False  # through a module of the engine's
         self._watched: Watched = {}
@@ -116,11 +117,12 @@ class Inference:
     ) -> None:
         """A forward of ``module`` starts in which wanted values are new: keep its inputs, and probe the batch."""
         inside = {id(m) for m in module.modules()}
-        fresh = {k: m for k, m in wanted.items() if (self._kind, *k) not in self._probed and id(m) in inside}
+        wanted = {k: m for k, m in wanted.items() if id(m) in inside}
+        fresh = {(self._kind, *k) for k in wanted} - self._probed
         if not fresh:
             return
-        self._probed |= {(self._kind, *key) for key in fresh}
-        self._watched = {key[:2]: m for key, m in fresh.items()}
+        self._probed |= fresh
+        self._watched = {key[:2]: m for key, m in wanted.items()}  # known ones may take another form in this call
         called, args, kwargs = self.engines.entry(module, args, kwargs)
         self._entered = called is not module
         self._inputs = (called, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
@@ -185,9 +187,8 @@ class Inference:
         stated.update({axis: (Shard(0), "tokens at their experts") for axis in parted})
         for axis, placement in spot.override:
             stated[axis] = (placement, "layout=")
-        known = self.known.get(form) or self.known.get(form._replace(grad_mode=not form.grad_mode))
-        if isinstance(known, Layout) and self._inputs is None:
-            for axis, placement in enumerate(known.placements):
+        if self._inputs is None:
+            for axis, placement in enumerate(self._earlier(form)):
                 stated.setdefault(axis, (placement, "an earlier call"))
         key = Key(spot.name, spot.side, occurrence)
         evidence = Evidence(
@@ -210,7 +211,17 @@ class Inference:
             **self._twin_shapes(module, key, spot.index, stated),
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
-        return claim(plain, evidence, self.mesh)
+        made = claim(plain, evidence, self.mesh)
+        self._claimed[form] = made.placements
+        return made
+
+    def _earlier(self, form: Form) -> Sequence[Placement]:
+        """What was found in a call before, or claimed in it and not settled yet."""
+        other = form._replace(grad_mode=not form.grad_mode)
+        known = self.known.get(form) or self.known.get(other)
+        if known is None:
+            return self._claimed.get(form) or self._claimed.get(other) or ()
+        return known.placements if isinstance(known, Layout) else ()
 
     def stated(self, value: Tensor) -> Mapping[int, tuple[Placement, str]]:
         """What the value itself says: a DTensor's placements, or those its conversion to a local tensor left."""
@@ -289,6 +300,8 @@ class Inference:
         """Agree with all ranks on the layouts claimed here. Collective."""
         if not self.mesh.axes:
             return
+        for form in claims:
+            self._claimed.pop(form, None)
         for form, found in settle(claims, self.mesh, self._device).items():
             self.known[form] = found
             place = _any_firing(form)

@@ -188,6 +188,9 @@ class Outbox:
                 return None
             if taken is not None:
                 local, layout = taken
+            elif bound.deliver == "local":
+                refused.append((bound, staged.key, _cannot_stay(bound)))
+                return None
             else:
                 finish = bound.selection.take
         sink = self._sink(bound, staged.gradient)
@@ -242,6 +245,13 @@ class Outbox:
     def flush(self) -> None:
         """Deliver all that still waits. Collective, also for ranks that hold less than others."""
         self.point(edited=True)
+
+
+def _cannot_stay(bound: Bound) -> LayoutError:
+    return LayoutError(
+        f"{bound.where}: select= takes part of a dim that is sharded, so ranks have no shards of the selection; "
+        f"deliver='all' or 'main' makes it from the whole value."
+    )
 
 
 def _moves(staged: Staged) -> bool:

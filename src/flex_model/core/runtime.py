@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -100,7 +100,10 @@ class Runtime:
         self.uneven = False  # ranks may meet hooks unequally often: rows at experts are where tokens have chosen them
         self._entries_stale = False
         self._told = False
-        self._wanted: dict[tuple[str, str, str], nn.Module] = {}  # values whose layouts hooks need
+        self.enabled: tuple[Bound, ...] = ()
+        self._shown: tuple[Bound, ...] = ()  # those whose torch hooks are on modules: others only in a recomputation
+        # values whose layouts hooks need, in forwards without gradients and with
+        self._wanted: tuple[dict[tuple[str, str, str], nn.Module], ...] = ({}, {})
         self._mark: object = None
         self.refresh()
         Engines.listen(self.steps)
@@ -226,36 +229,60 @@ class Runtime:
             for handle in handles:
                 handle.remove()
             handles.clear()
+        self.enabled = self._shown = ()
 
     def install(self) -> None:
         """Put the enabled hooks on the model, and nothing where none is enabled."""
         self.uninstall()
         self.hooks_mark = ""
-        enabled = [b for b in self.bounds if b.enabled]
-        entries = self._entries(enabled) if enabled and self.active is None else []
-        outside = torch.compiler.disable if self.names.compiled else _as_it_is  # the compiler would trace hooks
+        self.enabled = tuple(b for b in self.bounds if b.enabled)
+        entries = self._entries(self.enabled) if self.enabled and self.active is None else []
+        outside = self._outside
         for module in entries:
             enter = outside(self.enter)
             self._entry_handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-        by_place: dict[tuple[int, str], list[Bound]] = {}
-        enabled = [b for b in enabled if b.module is not None]
-        self._wanted = {
-            (b.name, b.side, repr(b.hook.unpack_idx)): b.module
-            for b in enabled
-            if b.side != "param" and b.module is not None
-        }
+        self._wanted = self._values_wanted(gradients=False), self._values_wanted(gradients=True)
         self._install_parameters()
         self._install_watches()
-        for bound in enabled:
-            if bound.side != "param":
-                by_place.setdefault((id(bound.module), bound.side), []).append(bound)
-        for (_, side), bounds in by_place.items():
-            self._install_point(side, bounds, outside)
+        self._install_points(self.enabled)
         for module in entries:
             self._entry_handles.append(module.register_forward_hook(outside(self._left)))
             self._entry_handles.append(module.register_forward_hook(outside(self._failed), always_call=True))
 
-    def _entries(self, enabled: list[Bound]) -> list[nn.Module]:
+    @property
+    def _outside(self) -> Callable[..., Any]:
+        return torch.compiler.disable if self.names.compiled else _as_it_is  # the compiler would trace hooks
+
+    def _values_wanted(self, *, gradients: bool) -> dict[tuple[str, str, str], nn.Module]:
+        return {
+            (b.name, b.side, repr(b.hook.unpack_idx)): b.module
+            for b in self.enabled
+            if b.side != "param" and b.module is not None and (gradients or not b.is_gradient)
+        }
+
+    def show(self, bounds: tuple[Bound, ...]) -> None:
+        """Have these hooks on modules, whatever is on: a forward that had them runs again."""
+        if bounds != self._shown:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self._install_points(bounds)
+
+    def show_again(self) -> None:
+        """The hooks that are on, after others were shown."""
+        if self._shown != self.enabled:
+            self.install()
+
+    def _install_points(self, bounds: tuple[Bound, ...]) -> None:
+        self._shown = bounds
+        by_place: dict[tuple[int, str], list[Bound]] = {}
+        for bound in bounds:
+            if bound.side != "param" and bound.module is not None:
+                by_place.setdefault((id(bound.module), bound.side), []).append(bound)
+        for (_, side), here in by_place.items():
+            self._install_point(side, here, self._outside)
+
+    def _entries(self, enabled: Sequence[Bound]) -> list[nn.Module]:
         """Modules whose call may be the outermost: the model, and the parts one or two levels down that hold hooks."""
         found = {str(stage): part for stage, part in self.names.places[""].items()}
         for bound in enabled:
@@ -321,15 +348,17 @@ class Runtime:
             self.watch.call = index
             if step is None and not self.hooks_mark and self.engines.lockstep:
                 self.agree()
-        self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
+        grad_mode = torch.is_grad_enabled()
+        self.active = ActiveCall(module, index, args, kwargs, grad_mode, self.steps.place, bounds=self.enabled)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
         self.calls += step is None
         if step is not None and self.mesh.axes:
             self.last_inputs = (args, kwargs)
         self.inference.new_call(module, args, kwargs)
-        if self.inference.lacks(self._wanted):
+        wanted = self._wanted[grad_mode]
+        if self.inference.lacks(wanted):
             with self.silent():
-                self.inference.begin(module, args, kwargs, self._wanted)
+                self.inference.begin(module, args, kwargs, wanted)
 
     @contextmanager
     def silent(self) -> Iterator[None]:

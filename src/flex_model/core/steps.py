@@ -172,7 +172,7 @@ class Steps:
             step.messages.wait()
         gradients = runtime.backward.end() if backward else []
         whole, refused = merge_microbatches([*step.staged, *gradients], step.microbatches, step.divide)
-        whole += runtime.backward.finished_parameters() if backward else []
+        whole += runtime.backward.finished_parameters(step.index) if backward else []
         runtime.outbox.waiting += whole
         runtime.outbox.refused += [(one.bound, one.key, error) for one, error in refused]
         if backward:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import Placement
 from flex_model.layout.layout import Layout, ZigZag, fits, merge_parts, my_part, shard_dim, split_factor
 from flex_model.layout.mesh import ModelMesh
 
-__all__ = ["NoRectangle", "Parts", "Shapes", "assemble", "merge", "owners", "owns", "part_of"]
+__all__ = ["NoRectangle", "Parts", "Shapes", "assemble", "merge", "owners", "owns", "part_of", "size_below"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class NoRectangle(Exception):
     """The ranks' parts have no rectangular whole."""
 
 
-def _size_below(
+def size_below(
     layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequence[int]], prefix: tuple[int, ...], dim: int
 ) -> int:
     """The size on ``dim`` of what all ranks below ``prefix`` hold together."""
@@ -145,8 +145,8 @@ def _size_below(
     if axis == len(mesh.axes):
         return shapes[mesh.group_rank(prefix)][dim]
     if shard_dim(layout.placements[axis]) != dim:
-        return _size_below(layout, mesh, shapes, (*prefix, 0), dim)
-    return sum(_size_below(layout, mesh, shapes, (*prefix, i), dim) for i in range(mesh.axes[axis].size))
+        return size_below(layout, mesh, shapes, (*prefix, 0), dim)
+    return sum(size_below(layout, mesh, shapes, (*prefix, i), dim) for i in range(mesh.axes[axis].size))
 
 
 def part_of(full: Tensor, layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequence[int]], rank: int) -> Tensor:
@@ -158,6 +158,6 @@ def part_of(full: Tensor, layout: Layout, mesh: ModelMesh, shapes: Sequence[Sequ
             if isinstance(placement, Partial):
                 full = my_part(full, placement, [1] * size, coordinate[axis])
             continue
-        sizes = [_size_below(layout, mesh, shapes, (*coordinate[:axis], i), dim) for i in range(size)]
+        sizes = [size_below(layout, mesh, shapes, (*coordinate[:axis], i), dim) for i in range(size)]
         full = my_part(full, placement, sizes, coordinate[axis])
     return full

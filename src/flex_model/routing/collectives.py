@@ -30,7 +30,10 @@ __all__ = [
 
 def to_bytes(tensor: Tensor) -> Tensor:
     """The tensor's elements as a flat uint8 tensor; no copy where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.numel() == 1:  # contiguous whatever its stride, which may be that of a larger tensor
+        flat = flat.as_strided((1,), (1,))
+    return flat.view(torch.uint8)
 
 
 def from_bytes(data: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

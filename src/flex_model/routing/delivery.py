@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from flex_model.errors import ShapeError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.routing.assembly import Parts, Shapes, assemble, merge, owners, owns
+from flex_model.routing.assembly import Parts, Shapes, assemble, merge, owners, owns, size_below
 from flex_model.routing.collectives import all_gather_flat, all_gather_ints, extremes, from_bytes, to_bytes
-from flex_model.routing.straight import straight_layout, straighten
+from flex_model.routing.straight import dtensor_holds, straight_layout, straighten
 
 __all__ = ["Buffers", "Deliver", "Item", "deliver", "exchange_shapes", "to_host"]
 
@@ -265,17 +265,22 @@ def _along_lines(bucket: Sequence[Item], axes: Sequence[int], mesh: ModelMesh, b
 
 
 def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
-    """This rank's shard as a DTensor of the global shape, or its own part; nothing moves but zig-zag chunks, to
-    contiguous order."""
+    """This rank's shard as a DTensor of the global shape; nothing moves but zig-zag chunks, to contiguous order.
+
+    It is this rank's own part where a DTensor would take the ranks' shards for others.
+    """
+    local = item.local if item.scale == 1 else item.local / item.scale
     if not mesh.axes:
-        return item.local
-    if item.layout.parted:
-        return Parts((item.local,), ({mesh.names[i]: mesh.coordinate[i] for i in item.layout.parted},))
-    shape = _full_shape(item, mesh)
+        return local
+    layout, shape = item.layout, _full_shape(item, mesh)
+    if layout.parted:
+        return Parts((local,), ({mesh.names[i]: mesh.coordinate[i] for i in layout.parted},))
+    if item.shapes is not None and not item.shapes.even and not dtensor_holds(layout, mesh, shape, item.shapes):
+        return Parts((local,), (dict(zip(mesh.names, mesh.coordinate, strict=True)),))
     return DTensor.from_local(
-        straighten(item.local, item.layout, mesh),
-        mesh.device_mesh(item.local.device.type),
-        straight_layout(item.layout).placements,
+        straighten(local, layout, mesh),
+        mesh.device_mesh(local.device.type),
+        straight_layout(layout).placements,
         run_check=False,
         shape=torch.Size(shape),
         stride=tuple(prod(shape[d + 1 :]) for d in range(len(shape))),
@@ -284,11 +289,12 @@ def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
 
 def _full_shape(item: Item, mesh: ModelMesh) -> tuple[int, ...]:
     shape = list(item.local.shape)
-    if item.shapes is not None:
-        for axis, placement in enumerate(item.layout.placements):
-            dim = shard_dim(placement)
-            if dim is not None:
-                own = item.shapes[mesh.me][dim]
-                total = sum(item.shapes[r][dim] for r in mesh.line(axis))
-                shape[dim] = shape[dim] * total // own if own else total  # a rank may hold no rows
+    for axis, placement in enumerate(item.layout.placements) if item.shapes is not None else ():
+        dim = shard_dim(placement)
+        if dim is not None and item.shapes is not None:
+            shape[dim] = (
+                shape[dim] * mesh.axes[axis].size
+                if item.shapes.even
+                else size_below(item.layout, mesh, item.shapes, (), dim)
+            )
     return tuple(shape)

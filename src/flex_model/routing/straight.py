@@ -1,10 +1,11 @@
-"""Zig-zag parts to contiguous ones and back: torch's DTensor, which cannot say zig-zag, can hold such a value only so.
+"""What torch's DTensor can hold, and zig-zag parts to contiguous ones and back: it cannot say zig-zag.
 
 Every rank exchanges its two chunks for those that contiguous order gives it; nothing is gathered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,25 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from flex_model.errors import LayoutError
-from flex_model.layout.layout import Layout, ZigZag
+from flex_model.layout.layout import Layout, ZigZag, shard_dim
 from flex_model.layout.mesh import ModelMesh
 
-__all__ = ["straight_layout", "straighten", "unstraighten"]
+__all__ = ["dtensor_holds", "straight_layout", "straighten", "unstraighten"]
+
+
+def dtensor_holds(layout: Layout, mesh: ModelMesh, full: Sequence[int], shapes: Sequence[Sequence[int]]) -> bool:
+    """Whether a DTensor of the shape ``full`` takes the ranks' parts for what they are: it counts sizes by itself, as
+    ``chunk`` does, and puts 1 and 2 rows together as if they were 2 and 1."""
+    for rank in range(mesh.size):
+        size = list(full)
+        for axis, place in enumerate(mesh.coordinate_of(rank)):
+            dim, ranks = shard_dim(layout.placements[axis]), mesh.axes[axis].size
+            if dim is not None:
+                chunk = -(-size[dim] // ranks)
+                size[dim] = max(0, min(chunk, size[dim] - place * chunk))
+        if tuple(size) != tuple(shapes[rank]):
+            return False
+    return True
 
 
 def _holder(chunk: int, size: int) -> int:
