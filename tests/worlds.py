@@ -12,7 +12,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP and optimizers load it: a second, here once instead of once a rank
 import torch.distributed as dist
+
+import flex_model  # noqa: F401  # loaded before the fork for the same reason
 
 torch.set_num_threads(1)
 
