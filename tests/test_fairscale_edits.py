@@ -108,11 +108,12 @@ def _problems(site: str, hook_type: str, run: str, trainable: bool, expected: bo
 
 
 def _llama(ddp: bool, few: bool) -> tuple[int, list[str]]:
+    """Every site, hook type and way to run. ``few``: one way in turn, half of the places with DDP and half without."""
     tried, wrong = 0, []
     for i, site in enumerate(SITES):
         for hook_type in TYPES.get(site, parity.TYPES):
             for j, run in enumerate(RUNS):
-                if few and (i + j) % 3:
+                if few and ((i + j) % 3 or (i + parity.TYPES.index(hook_type) + ddp) % 2):
                     continue
                 tried += 1
                 trainable = "backward" not in hook_type and (i + j + ddp) % 2 == 1
@@ -131,4 +132,4 @@ def test_edits_of_the_llama(ranks: int, ddps: tuple[bool, ...]) -> None:
     for results in run_world(ranks, _llamas, ddps, ranks == 4, timeout=280):
         for ddp, (tried, wrong) in zip(ddps, results, strict=True):
             print(f"fairscale LLaMA on {ranks} ranks{', DDP' * ddp}, edits: {tried - len(wrong)} exact of {tried}")
-            assert not wrong and tried == (24 if ranks == 4 else 72)
+            assert not wrong and tried == (12 if ranks == 4 else 72)
