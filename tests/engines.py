@@ -38,6 +38,7 @@ TWO_RANKS = (
 FOUR_RANKS = ("hsdp", "2d_tp", "2d_sp", "ddp_tp")
 FAIRSCALE_TWO_RANKS = ("fairscale", "fairscale_gathered", "fairscale_local_head")
 FAIRSCALE_FOUR_RANKS = ("fairscale_ddp", "fairscale_gathered_ddp")
+ALL = (*TWO_RANKS, *FOUR_RANKS, *FAIRSCALE_TWO_RANKS, *FAIRSCALE_FOUR_RANKS)
 CPU = torch.device("cpu")
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from oracle import Count, own_experts, plain_hooks, relative_error
+from oracle import Count, Key, own_experts, plain_hooks, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from flex_model import FlexModel, Site
+from flex_model import FlexModel, HookFunction, Site
 from flex_model.errors import FlexModelError
 
 TYPES = ("forward", "forward_pre", "full_backward_pre", "full_backward")
@@ -74,6 +74,41 @@ def compare(
             values = [*by_row[name, kind, index], *(values if whole else [])]
         count.add(label, got, values, tolerance)
     return count
+
+
+def whole_step(plain: nn.Module, run_plain: Callable[[nn.Module], Tensor]) -> dict[Key, list[Tensor]]:
+    """What ``compare_step`` expects: the oracle's values, and the gradients of parameters."""
+    want = plain_hooks(plain, run_plain)
+    return {**want, **{(n, "tensor", 0): [p.grad] for n, p in plain.named_parameters() if p.grad is not None}}
+
+
+def compare_step(fm: FlexModel, want: dict[Key, list[Tensor]], run: Callable[[], Any]) -> tuple[Count, Any]:
+    """A step that calls backward itself, a pipeline's: every module, and every parameter's gradient, once a step.
+
+    Parameters are met twice, by ``capture`` on every rank and by ``register_hook``, which delivers to the lowest. The
+    other value is what ``run`` returned.
+    """
+    count, parameters = Count(), [n for n, kind, _ in want if kind == "tensor"]
+    handles = [fm.register_hook(HookFunction(name)) for name in parameters]
+    with ExitStack() as stack:
+        acts = {t: stack.enter_context(fm.capture("", "**", hook_type=t, unpack_idx="all")) for t in TYPES}
+        acts["tensor"] = stack.enter_context(fm.capture("**", hook_type="tensor"))
+        out = run()
+    for handle in handles:
+        handle.remove()
+    for (name, kind, index), values in want.items():
+        at = {"full_backward_pre": "forward", "full_backward": "forward_pre"}.get(kind, kind)
+        key = as_key(name, kind, index, sum(1 for n, k, _ in want if (n, k) == (name, at)))
+        try:
+            got: Any = acts[kind].calls(key)
+        except (FlexModelError, KeyError) as error:
+            got = error
+        count.add(f"{name or '(root)'}.{kind}[{index}]", got, values)
+    registered = Count()
+    for name in parameters if not dist.get_rank() else ():
+        registered.add(f"{name}, registered", fm.output_ptr.get(name, []), want[name, "tensor", 0])
+    count.wrong += registered.wrong
+    return count, out
 
 
 def full_gradients(fm: FlexModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -68,12 +68,15 @@ def problems(family: str, path: str, config: dict[str, int], site: str, run: str
 
 
 def _all(family: str, path: str, config: dict[str, int]) -> tuple[int, list[str]]:
-    tried, bad = 0, []
-    for site in SITES:
+    """Every site and way to run, forward and backward; forward and backward in turn on four ranks and with experts."""
+    tried, bad, half = 0, [], family != "llama" or len(config) > 1
+    for i, site in enumerate(SITES):
         if family != "llama" and "act_fn" in site:
             continue  # experts
-        for run in ("every_rank", "one_rank", "sharded"):
+        for j, run in enumerate(("every_rank", "one_rank", "sharded")):
             for backward in (False, True):
+                if half and (i + j) % 2 != backward:
+                    continue
                 tried += 1
                 found = problems(family, path, config, site, run, backward)
                 bad += [f"{site} {run} backward={backward}: {found[:3]}"] if found else []
@@ -93,4 +96,4 @@ def test_edits(family: str, ranks: int, config: dict[str, int], tmp_path: Path) 
     models.make(family).save_pretrained(tmp_path)
     for tried, bad in run_world(ranks, _all, family, str(tmp_path), config):
         print(f"edits, {family}/{config}: {tried - len(bad)} exact of {tried}")
-        assert not bad and tried == (24 if family == "llama" else 18)
+        assert not bad and tried == (9 if family != "llama" else 24 if ranks == 2 else 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flex_model.routing.rows import Rows
 
 ACT = "model.layers.1.mlp.experts.act_fn"
 BOTH = ("ep_tp", "ep_fsdp")
+IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 CASES = [
     *((e, f, "grouped_mm") for f in models.MIXTURES for e in ("ddp", *BOTH)),
     *((e, "qwen3_moe", i) for i in ("eager", "batched_mm") for e in ("none", "fsdp2", "tp", *BOTH)),
@@ -39,6 +41,11 @@ def test_parity(engine: str, family: str, experts: str, tmp_path: Path) -> None:
     print(f"{family}, {experts}/{engine}: {counts[0]}")
     for count in counts:
         assert not count.wrong and not count.refused and count.exact == count.tried
+
+
+def each(engine: str, function: Callable[..., Any], path: Path, cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Cases of one engine one after the other, in the same processes."""
+    return [function(engine, path, *case) for case in cases]
 
 
 # -- without gradients, and with experts that nobody asks for --------------------------------------------------------
@@ -72,18 +79,17 @@ def uneven(engine: str, path: Path, experts: str, backward: bool) -> Any:
         )
 
 
-@pytest.mark.parametrize("backward", [True, False])
-@pytest.mark.parametrize("experts", ["grouped_mm", "eager", "batched_mm"])
+@pytest.mark.parametrize("experts", IMPLEMENTATIONS)
 @pytest.mark.parametrize("engine", ["ddp", *BOTH])
-def test_ranks_without_tokens(engine: str, experts: str, backward: bool, tmp_path: Path) -> None:
+def test_ranks_without_tokens(engine: str, experts: str, tmp_path: Path) -> None:
     path = saved(models.make("deepseek_v3"), tmp_path, engine)
-    counts = run(engine, uneven, path, experts, backward)
-    print(f"deepseek_v3, one-sided, {experts}/{engine}{'' if backward else ', no gradients'}: {counts[0]}")
-    for count in counts:
-        assert not count.wrong
-        assert all(
-            "repeat themselves" in r and "experts.act_fn" not in r for r in count.refused
-        )  # all tokens choose alike
+    for counts in run(engine, each, uneven, path, [(experts, True), (experts, False)]):
+        for count, words in zip(counts, ("", ", no gradients"), strict=True):  # type: ignore[call-overload]
+            print(f"deepseek_v3, one-sided, {experts}/{engine}{words}: {count}")
+            assert not count.wrong
+            assert all(
+                "repeat themselves" in r and "experts.act_fn" not in r for r in count.refused
+            )  # all tokens choose alike
 
 
 # -- edits -----------------------------------------------------------------------------------------------------------
@@ -137,13 +143,13 @@ def edited(engine: str, path: Path, experts: str, checkpoint: bool = False) -> l
     return bad
 
 
-@pytest.mark.parametrize("experts", ["grouped_mm", "eager", "batched_mm"])
 @pytest.mark.parametrize("engine", ["none", "ddp", "tp", *BOTH])
-def test_edits_see_their_own_rows(engine: str, experts: str, tmp_path: Path) -> None:
+def test_edits_see_their_own_rows(engine: str, tmp_path: Path) -> None:
     path = saved(models.make("qwen3_moe"), tmp_path, engine)
-    problems = run(engine, edited, path, experts)
-    print(f"edit of rows at experts, {experts}/{engine}: {sum(not p for p in problems)} exact of {len(problems)}")
-    assert not any(problems)
+    results: Any = run(engine, each, edited, path, [(experts,) for experts in IMPLEMENTATIONS])
+    for experts, *problems in zip(IMPLEMENTATIONS, *results, strict=True):
+        print(f"edit of rows at experts, {experts}/{engine}: {sum(not p for p in problems)} exact of {len(problems)}")
+        assert not any(problems)
 
 
 @pytest.mark.parametrize("engine", ["ep_over_tp_fsdp", "ep_over_half_fsdp"])
@@ -275,21 +281,22 @@ def refused(engine: str, path: Path, keywords: dict[str, Any]) -> str:
 ROWS = "its rows are tokens at experts"
 
 
-@pytest.mark.parametrize(
-    ("keywords", "words"),
-    [
-        ({"run": "one_rank"}, ROWS),
-        ({"run": "sharded"}, ROWS),
-        ({"detach": False}, ROWS),
-        ({"select": slice(0, 2)}, ROWS),
-        ({"select": (slice(None), slice(0, 4))}, "passed"),
-    ],
+WITH_PARTS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"run": "one_rank"}, ROWS),
+    ({"run": "sharded"}, ROWS),
+    ({"detach": False}, ROWS),
+    ({"select": slice(0, 2)}, ROWS),
+    ({"select": (slice(None), slice(0, 4))}, "passed"),
 )
+
+
 @pytest.mark.parametrize("engine", ["ddp", *BOTH])
-def test_what_parts_cannot_have(engine: str, keywords: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_parts_cannot_have(engine: str, tmp_path: Path) -> None:
     path = saved(models.make("qwen3_moe"), tmp_path, engine)
-    for text in run(engine, refused, path, keywords):
-        assert words in text
+    results: Any = run(engine, each, refused, path, [(keywords,) for keywords, _ in WITH_PARTS])
+    for texts in results:
+        for text, (keywords, words) in zip(texts, WITH_PARTS, strict=True):
+            assert words in text, keywords
 
 
 def unknown(engine: str) -> list[str]:

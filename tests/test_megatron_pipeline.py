@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import megatron_cpu as megatron
@@ -11,13 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron_cpu import Spread
-from oracle import Count, plain_hooks, relative_error
+from oracle import Count, relative_error
 from test_megatron import perturbed, positions
 from torch import Tensor, nn
 from worlds import run_world
 
-from flex_model import FlexModel, HookFunction, Site
-from flex_model.errors import FlexModelError
+from flex_model import FlexModel, HookFunction
 
 LAYERS, BATCH, LENGTH, MICROBATCHES = 4, 8, 6, 4
 
@@ -103,22 +101,14 @@ class Stages:
 
 
 def _every_module(tp: int, sequence_parallel: bool, chunks: int) -> Count:
-    stages, count = Stages(tp=tp, sequence_parallel=sequence_parallel, chunks=chunks), Count()
-    fm = FlexModel(stages.module)
-    ids = tokens()
+    stages, ids = Stages(tp=tp, sequence_parallel=sequence_parallel, chunks=chunks), tokens()
+
+    def plain_loss(plain: nn.Module) -> Tensor:
+        return plain(ids, positions(ids), None).float().pow(2).mean()  # type: ignore[no-any-return]
+
     with stages.spread.alone():
-        want = plain_hooks(stages.plain, lambda m: m(ids, positions(ids), None).float().pow(2).mean())
-    with ExitStack() as stack:
-        acts = {t: stack.enter_context(fm.capture("", "**", hook_type=t, unpack_idx="all")) for t in parity.TYPES}
-        stages.step()
-    for (name, kind, index), values in want.items():
-        at = {"full_backward_pre": "forward", "full_backward": "forward_pre"}.get(kind, kind)
-        several = sum(1 for n, k, _ in want if (n, k) == (name, at)) > 1
-        try:
-            got: Any = acts[kind].calls(Site(name, kind, index) if several else name)
-        except (FlexModelError, KeyError) as error:
-            got = error
-        count.add(f"{name or '(root)'}.{kind}[{index}]", got, values)
+        want = parity.whole_step(stages.plain, plain_loss)
+    count, _ = parity.compare_step(FlexModel(stages.module), want, stages.step)
     return count
 
 

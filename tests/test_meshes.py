@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import engines
@@ -10,7 +9,7 @@ import models
 import parity
 import pytest
 import torch.distributed as dist
-from oracle import Count, plain_hooks, relative_error
+from oracle import Count, relative_error
 from pipelines import Pipe, loss, step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,7 +19,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction
-from flex_model.errors import FlexModelError
 
 LAYERS, BATCH = 4, 8
 SHAPES = {
@@ -80,20 +78,12 @@ def full(grad: Tensor) -> Tensor:
 
 
 def _every_module(kind: str, schedule: str) -> Count:
-    plain, count = models.net(layers=LAYERS), Count()
+    plain = models.net(layers=LAYERS)
     laid = Laid(kind, plain, schedule)
     run, fm = laid.pipe.schedule(), FlexModel(laid.pipe.module)
-    want = plain_hooks(plain, lambda m: loss(m(tokens())) * laid.times)
     parameters = dict(fm.named_parameters())
-    with ExitStack() as stack:
-        acts = {t: stack.enter_context(fm.capture("", "**", hook_type=t, unpack_idx="all")) for t in parity.TYPES}
-        output = step(run, laid.batch)
-    for (name, type_, index), values in want.items():
-        try:
-            got: Any = acts[type_].calls(name)
-        except (FlexModelError, KeyError) as error:
-            got = error
-        count.add(f"{name or '(root)'}.{type_}[{index}]", got, values)
+    want = parity.whole_step(plain, lambda m: loss(m(tokens())) * laid.times)
+    count, output = parity.compare_step(fm, want, lambda: step(run, laid.batch))
     assert relative_error(fm.full_output(output), plain(tokens())) < 1e-5
     count.wrong += _wrong(fm, parameters, plain)
     return count
@@ -111,7 +101,7 @@ def _wrong(fm: FlexModel, parameters: dict[str, Tensor], plain: nn.Module) -> li
 def check(kind: str, schedule: str, ranks: int) -> None:
     for count in run_world(ranks, _every_module, kind, schedule, timeout=280):
         print(f"{kind.replace('_', ' x ')}, {schedule}: {count}")
-        assert not count.wrong and not count.refused and count.tried == 110
+        assert not count.wrong and not count.refused and count.tried == 110 + 20  # modules and parameters
 
 
 @pytest.mark.parametrize(

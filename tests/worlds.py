@@ -12,9 +12,26 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP and optimizers load it: a second, here once instead of once a rank
 import torch.distributed as dist
 
+import flex_model  # noqa: F401  # loaded before the fork for the same reason
+
 torch.set_num_threads(1)
+
+
+def _share_device() -> None:
+    """All groups of this process on one gloo device. Each device has a thread that wakes a hundred times a second,
+    and a world that runs many cases makes hundreds of groups."""
+    gloo = dist.ProcessGroupGloo
+    init, device = gloo.__init__, gloo.create_device(hostname="127.0.0.1")
+
+    def on_device(self: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = gloo._Options()
+        options._devices, options._timeout = [device], timeout
+        init(self, store, rank, size, options)
+
+    gloo.__init__ = on_device
 
 
 def _child(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Any) -> None:
@@ -23,6 +40,7 @@ def _child(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29400")
+        _share_device()
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(store, size),
