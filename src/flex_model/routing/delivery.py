@@ -272,8 +272,9 @@ def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
     if item.layout.parted:
         return Parts((item.local,), ({mesh.names[i]: mesh.coordinate[i] for i in item.layout.parted},))
     shape = _full_shape(item, mesh)
+    local = item.local / item.scale if item.scale != 1 else item.local
     return DTensor.from_local(
-        straighten(item.local, item.layout, mesh),
+        straighten(local, item.layout, mesh),
         mesh.device_mesh(item.local.device.type),
         straight_layout(item.layout).placements,
         run_check=False,
