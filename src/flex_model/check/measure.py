@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import Placement
 from flex_model.layout.layout import my_part, on_dim, shard_dim
 from flex_model.layout.values import local
 
-__all__ = ["PROJECTIONS", "Statistics", "measure"]
+__all__ = ["PROJECTIONS", "Statistics", "measure", "measures"]
 
 PROJECTIONS = 64
 _SUMS = 5  # elements, their sum, the sum of their squares, how many are nan, how many infinite; then the projections
@@ -70,6 +70,11 @@ def measure(values: Sequence[Tensor]) -> list[Statistics]:
         for i, found in zip(mine, _on_mesh([values[i] for i in mine], mesh), strict=True):  # type: ignore[misc]
             out[i] = found
     return [s for s in out if s is not None]
+
+
+def measures(part: Tensor) -> Tensor:
+    """What one rank's tensor measures, as numbers that equal tensors share."""
+    return _of_part(part, [torch.arange(n) for n in part.shape])[0]
 
 
 # -- this rank's part ------------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def _is_uneven(value: DTensor, part: Tensor) -> bool:
 
 def _places(value: DTensor, mesh: DeviceMesh, table: Tensor | None) -> list[Tensor]:
     """Where in the whole tensor this rank's elements are, dim by dim."""
-    coordinate = mesh.get_coordinate() or []
+    coordinate = list(mesh.get_coordinate() or ())
     places = []
     for dim, size in enumerate(value.shape):
         place = torch.arange(size)

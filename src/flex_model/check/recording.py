@@ -120,7 +120,7 @@ def _ordered(events: Events, outputs: Captured, inputs: Captured | None) -> dict
 def _listed(table: dict[str | Site, list[Any]], what: What) -> dict[Place, Tensor]:
     found = {}
     for key, calls in table.items():
-        name, index = (key, 0) if isinstance(key, str) else (key.name, key.index)
+        name, index = (key, 0) if isinstance(key, str) else (key.name, int(key.index))
         for call, value in enumerate(calls):
             if isinstance(value, Tensor):
                 found[Place(name, what, index, call)] = value
@@ -141,7 +141,7 @@ def _refused(acts: Captured | None, what: What) -> dict[str, str]:
 
 
 def _place(key: str | Site, what: Any) -> Place:
-    return Place(key, what) if isinstance(key, str) else Place(key.name, what, key.index)
+    return Place(key, what) if isinstance(key, str) else Place(key.name, what, int(key.index))
 
 
 # -- the run ---------------------------------------------------------------------------------------------------

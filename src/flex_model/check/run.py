@@ -19,6 +19,7 @@ __all__ = ["Place", "Run", "RunError", "What"]
 
 What = Literal["value", "gradient of the output", "gradient of the input"]
 _WHATS = ("value", "gradient of the output", "gradient of the input")
+_NUMBERS = ("mean", "std", "norm", "low", "high")
 _FORMAT = 1
 _MOST = 2**30  # bytes of JSON that are read
 
@@ -84,7 +85,7 @@ class Run:
             for p, s in self.measured.items()
         ]  # fmt: skip
         found = list(self.measured.values())
-        floats = torch.tensor([[s.mean, s.std, s.norm, s.low, s.high] for s in found], dtype=torch.double)
+        floats = torch.tensor([[getattr(s, n) for n in _NUMBERS] for s in found], dtype=torch.double)
         projections = torch.tensor([s.projections for s in found], dtype=torch.double)
         table.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"statistics": floats.reshape(-1, 5), "projections": projections.reshape(-1, PROJECTIONS)}
@@ -128,10 +129,10 @@ def _parsed(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Run:
             raise ValueError(f"{row['what']!r} is none of {_WHATS}")
         place = Place(str(row["name"]), row["what"], int(row["index"]), int(row["call"]))
         measured[place] = Statistics(
-            tuple(int(s) for s in row["shape"]),
-            str(row["dtype"]),
-            str(row["layout"]),
-            *numbers,
+            shape=tuple(int(s) for s in row["shape"]),
+            dtype=str(row["dtype"]),
+            layout=str(row["layout"]),
+            **dict(zip(_NUMBERS, numbers, strict=True)),
             nan=int(row["nan"]),
             inf=int(row["inf"]),
             spread={str(k): float(v) for k, v in row["spread"].items()},
