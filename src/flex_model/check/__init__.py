@@ -2,8 +2,9 @@
 
 from flex_model.check.diff import Diff, diff
 from flex_model.check.parity import check
+from flex_model.check.pause import breakpoint
 from flex_model.check.recording import record
 from flex_model.check.report import CheckFailed, Report, Row
 from flex_model.check.run import Place, Run, RunError
 
-__all__ = ["CheckFailed", "Diff", "Place", "Report", "Row", "Run", "RunError", "check", "diff", "record"]
+__all__ = ["CheckFailed", "Diff", "Place", "Report", "Row", "Run", "RunError", "breakpoint", "check", "diff", "record"]
