@@ -26,6 +26,7 @@ from flex_model.cli_start import check_start, launch, load, started, told
 __all__ = ["doctor"]
 
 _TOY = "toy"
+_SITE = ("name", "side", "shape", "layout", "evidence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +81,11 @@ def visited(visit: Visit) -> dict[str, Any]:
     except Exception as error:
         report.add("doctor", "fail", visit.model, f"{type(error).__name__}: {error}", "run the model without hooks")
     rows = [] if fm is None else [r for r in fm.sites() if r.layout]
-    layouts = [
-        {"name": r.name, "side": r.side, "shape": r.shape, "layout": r.layout, "evidence": r.evidence} for r in rows
-    ]
-    if dist.is_available() and dist.is_initialized() and not started():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     return {
         "ok": report.ok, "model": visit.model, "tp": visit.tp, "versions": versions(), "rows": report.as_dicts(),
-        "sites": layouts,
+        "sites": [{key: getattr(row, key) for key in _SITE} for row in rows],
     }  # fmt: skip
 
 
@@ -140,9 +138,6 @@ def _print(found: dict[str, Any], as_json: bool, sites: bool) -> None:
     report.show(f"\n{found['model']}, --tp {found['tp']}")
     if sites:
         print()
-        cells = [
-            [r["name"], r["side"], str(list(r["shape"] or [])), r["layout"], r["evidence"]] for r in found["sites"]
-        ]
-        show(["site", "side", "shape", "layout", "evidence"], cells)
+        show(_SITE, [[str(row[key] or "") for key in _SITE] for row in found["sites"]])
     bad = sum(row["status"] in ("fail", "not run") for row in found["rows"])
     print(f"\n{'All is well.' if found['ok'] else f'{bad} rows failed or were not run.'}")

@@ -77,9 +77,8 @@ def _add_sum(report: Report, group: dist.ProcessGroup, device: torch.device) -> 
     took = time.perf_counter() - start
     right = int(total) == size * (size - 1) // 2
     found = f"{took * 1e3:.1f} ms" if right else f"the sum of all ranks is {int(total)}"
-    report.add(
-        "all-reduce", "ok" if right else "fail", "", found, "" if right else "run torch's own tests of the backend"
-    )
+    advice = "" if right else "run torch's own tests of the backend"
+    report.add("all-reduce", "ok" if right else "fail", "", found, advice)
 
 
 def _add_pairs(report: Report, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -94,7 +93,7 @@ def _add_pairs(report: Report, group: dist.ProcessGroup, device: torch.device) -
         slow = min(rows, key=lambda p: rows[p][0])
         fast = max(rows, key=lambda p: rows[p][0])
         rates = f"{rows[slow][0]:.0f} to {rows[fast][0]:.0f} MB/s with 1 MiB; slowest: ranks {slow[0]} and {slow[1]}"
-        report.add("pairs", "ok", f"{len(rows)} pairs", rates)
+        report.add("pairs", "ok", f"{len(rows)} of ranks", rates)
 
 
 def _there_and_back(

@@ -45,7 +45,9 @@ def breakpoint(rank: int = 0, *, port: int | None = None, timeout: float = 600.0
         _debug(caller, port, lambda quitting: None)
         return
     _met[rank] += 1
-    store = dist.PrefixStore(f"flex_model/breakpoint/{rank}/{_met[rank]}", dist.distributed_c10d._get_default_store())
+    store = dist.distributed_c10d.PrefixStore(
+        f"flex_model/breakpoint/{rank}/{_met[rank]}", dist.distributed_c10d._get_default_store()
+    )
     if dist.get_rank() == rank:
         _lead(caller, port, store)
     else:
@@ -142,7 +144,7 @@ def _terminal() -> tuple[TextIO, TextIO, list[Any]]:
         source, sink = open("/dev/tty"), open("/dev/tty", "w")  # noqa: SIM115
     except OSError as error:
         raise FlexModelError(
-            f"check.breakpoint: this process has no terminal ({error}); give port=, and connect to it from this machine."
+            f"check.breakpoint: this process has no terminal ({error}); give port= and connect to it from here."
         ) from error
     return source, sink, [source, sink]
 
