@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flex_model.check.diff import Diff, diff
 from flex_model.check.measure import Statistics
-from flex_model.check.recording import record
+from flex_model.check.recording import is_frozen, record
 from flex_model.check.reference import NoReference, make_reference
 from flex_model.check.replicas import parameter_rows, trainable_rows
 from flex_model.check.report import Report
@@ -63,7 +63,7 @@ def check(
             output = fm(*args, **kwargs)
             if grad:
                 _loss_of(fm, output, loss).backward()
-        _add_refused(report, run)
+        _add_refused(report, run, is_frozen(fm))
         _add_finite(report, run)
         _add_replicas(report, run, runtime)
         if reference is False:
@@ -143,10 +143,11 @@ def _from_main(runtime: Runtime, value: Any) -> Any:
 
 
 # -- rows ------------------------------------------------------------------------------------------------------
-def _add_refused(report: Report, run: Run) -> None:
+def _add_refused(report: Report, run: Run, frozen: bool) -> None:
     for place, why in run.refused.items():
         short = why.partition(" is unknown: ")[2].partition(" If you know how")[0] or why
-        if _UNEQUAL in why:
+        artificial = frozen and why.startswith("gradient of")  # only the record asks for it, and it may be in parts
+        if _UNEQUAL in why and not artificial:
             report.add("replicas equal", "fail", place, short, "compare what comes before it, rank by rank")
         else:
             report.add("layouts", "refused", place, short, "if you know how it lies: HookFunction(layout=)")

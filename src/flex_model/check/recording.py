@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from flex_model.core.flex_model import FlexModel
     from flex_model.core.runtime import Runtime
 
-__all__ = ["of_captured", "record"]
+__all__ = ["is_frozen", "of_captured", "record"]
 
+_AFTER: What = "gradient of the output"
+_BEFORE: What = "gradient of the input"
 Events = dict[tuple[str, str], None]  # (side, name) in the order of the forward
 
 
@@ -49,31 +51,37 @@ def record(
     """
     run = Run(about=_about(fm, note))
     events: Events = {}
+    grad = grad and not (fm._runtime.whole.stage_axis is not None and fm._runtime.engines.no_backward)
+    # On a model that trains, gradients that exist without us: others, on ranks that share a frozen value, are in parts.
+    frozen = grad and is_frozen(fm)
     with ExitStack() as stack:
-        outputs = stack.enter_context(
-            fm.capture(patterns, unpack_idx="all", deliver="local", grad=grad)  # type: ignore[arg-type]
-        )
-        inputs = None
-        if grad and not fm._runtime.engines.no_backward:
-            inputs = stack.enter_context(
-                fm.capture(patterns, hook_type="full_backward", unpack_idx="all", deliver="local")
-            )
-        stack.enter_context(_watched(fm._runtime, events))
+        enter = stack.enter_context
+        outputs = enter(fm.capture(patterns, unpack_idx="all", deliver="local", grad=frozen))
+        after = before = None
+        if grad:
+            before = enter(fm.capture(patterns, hook_type="full_backward", unpack_idx="all", deliver="local"))
+        if grad and not frozen:
+            after = enter(fm.capture(patterns, hook_type="full_backward_pre", unpack_idx="all", deliver="local"))
+        enter(_watched(fm._runtime, events))
         yield run
-    found = _ordered(events, outputs, inputs)
-    places = list(found)
-    tensors = [found[p] for p in places]
-    measured = dict(zip(places, measure(tensors), strict=True))
-    _fill(fm._runtime, run, measured, {**_refused(outputs, "value"), **_refused(inputs, "gradient of the input")})
+    found = _ordered(events, outputs, after, before)
+    measured = dict(zip(found, measure(list(found.values())), strict=True))
+    refused = _refused(outputs, "value") | _refused(after, _AFTER) | _refused(before, _BEFORE)
+    _fill(fm._runtime, run, measured, refused)
     if path is not None and (not fm._runtime.whole.axes or fm._runtime.whole.is_main):
         run.save(path)
 
 
 def of_captured(acts: Captured) -> Run:
     """What was captured as a run: values in the order in which they came, and so gradients. Collective for DTensors."""
-    found = _ordered({}, acts, None)
+    found = _ordered({}, acts)
     measured = measure(list(found.values()))
     return Run(dict(zip(found, measured, strict=True)), _refused(acts, "value"))
+
+
+def is_frozen(fm: FlexModel) -> bool:
+    """Whether no parameter gets a gradient, so that a backward has only those that hooks ask for."""
+    return fm._runtime.whole.stage_axis is None and not any(p.requires_grad for p in fm.module.parameters())
 
 
 # -- the order of things ---------------------------------------------------------------------------------------
@@ -101,17 +109,20 @@ def _note(events: Events, side: str, name: str, *_: object) -> None:
     events.setdefault((side, name))
 
 
-def _ordered(events: Events, outputs: Captured, inputs: Captured | None) -> dict[Place, Tensor]:
+def _ordered(
+    events: Events, outputs: Captured, of_outputs: Captured | None = None, of_inputs: Captured | None = None
+) -> dict[Place, Tensor]:
     """Values in the order of the forward, then gradients in that of the backward; parts of no whole are left out."""
     values = _listed(outputs._values.values, "value")
-    after = _listed(outputs._grads.values, "gradient of the output")
-    before = {} if inputs is None else _listed(inputs._values.values, "gradient of the input")
+    after = _listed(outputs._grads.values, _AFTER)
+    after |= {} if of_outputs is None else _listed(of_outputs._values.values, _AFTER)
+    before = {} if of_inputs is None else _listed(of_inputs._values.values, _BEFORE)
     if not events:
         return values | after | before
     when = {event: i for i, event in enumerate(events)}
     last = len(when)
     forward = sorted(values, key=lambda p: when.get(("out", p.name), last))
-    side = {"gradient of the output": "out", "gradient of the input": "in"}
+    side = {_AFTER: "out", _BEFORE: "in"}
     backward = sorted(after | before, key=lambda p: -when.get((side[p.what], p.name), last))
     everything = values | after | before
     return {place: everything[place] for place in (*forward, *backward)}
@@ -131,9 +142,12 @@ def _refused(acts: Captured | None, what: What) -> dict[str, str]:
     """Why places of a capture have no statistics."""
     if acts is None:
         return {}
-    found = {str(_place(key, what)): str(error) for key, error in acts.refused.items()}
-    tables = {what: acts._values.values, "gradient of the output": acts._grads.values}
-    for kind, table in tables.items():
+    found = {}
+    for key, error in acts.refused.items():
+        of_gradient = what == "value" and str(error).startswith("gradient of")
+        found[str(_place(key, _AFTER if of_gradient else what))] = str(error)
+    tables: list[tuple[What, Any]] = [(what, acts._values.values), (_AFTER, acts._grads.values)]
+    for kind, table in tables:
         for key, calls in table.items():
             if not all(isinstance(v, Tensor) for v in calls):
                 found[str(_place(key, kind))] = "it comes as parts that make no whole tensor, and is not measured"

@@ -107,7 +107,7 @@ class Run:
             content = json.loads(table.read_text())
             tensors = load_file(numbers)
             return _parsed(content, tensors)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise RunError(f"{table}: this is no saved run: {type(error).__name__}: {error}") from error
 
 
