@@ -46,8 +46,6 @@ def check(
 
     See ``FlexModel.check``. Collective.
     """
-    from flex_model.core.flex_model import FlexModel
-
     report, runtime = Report(), fm._runtime
     if runtime.whole.stage_axis is not None:
         report.add(
@@ -57,6 +55,25 @@ def check(
         return report
     report.extend(parameter_rows(runtime))
     report.extend(trainable_rows(runtime))
+    _run(report, fm, inputs, reference, patterns, rtol, loss, grad)
+    report.rows = _from_main(runtime, report.rows)  # of replicas that differ each rank has its own
+    return report
+
+
+def _run(
+    report: Report,
+    fm: FlexModel,
+    inputs: Any,
+    reference: Reference,
+    patterns: Pattern,
+    rtol: float | None,
+    loss: Loss | None,
+    grad: bool,
+) -> None:
+    """One forward and backward, with the values of one process beside them."""
+    from flex_model.core.flex_model import FlexModel
+
+    runtime = fm._runtime
     args, kwargs = _arguments(inputs)
     with _undisturbed(fm):
         with record(fm, None, patterns, grad=grad) as run:
@@ -67,13 +84,13 @@ def check(
         _add_finite(report, run)
         _add_replicas(report, run, runtime)
         if reference is False:
-            return report
+            return
         try:
             plain = make_reference(runtime, reference)
             whole = fm.full_batch((args, kwargs))
         except NoReference as error:
             report.add("parity", "not run", "", f"there is no unsharded model: {error}", "pass reference=")
-            return report
+            return
         theirs: Run | None = None
         problem = ""
         if plain is not None:
@@ -86,7 +103,6 @@ def check(
         report.add("parity", "fail", "", f"the unsharded model does not run on this batch: {problem}", "run it alone")
     else:
         _add_parity(report, diff(theirs, run, rtol=rtol), run, grad)
-    return report
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
