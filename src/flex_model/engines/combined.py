@@ -171,6 +171,9 @@ class Engines:
     def full_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         return next((s for e in self.found if (s := e.full_shape(parameter)) is not None), None)
 
+    def parted(self, owner: nn.Module, attribute: str) -> list[tuple[int, ...]]:
+        return [line for e in self.found for line in e.parted(owner, attribute)]
+
     def stand_ins(self) -> dict[int, object]:
         return {place: other for e in self.found for place, other in e.stand_ins().items()}
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh
 from flex_model.engines.fused import fused_beside
@@ -71,6 +71,13 @@ class DTensorEngine(Engine):
     def mimicked(self) -> Iterator[Mimic]:
         # Local code without the collectives between modules: it cannot always run, and what it shows then is right.
         yield Mimic(exact=False)
+
+    def parted(self, owner: nn.Module, attribute: str) -> list[tuple[int, ...]]:
+        spec = sharding(getattr(owner, attribute))
+        if spec is None:
+            return []
+        lines = [a.ranks for a in axes_of_mesh(spec.mesh, "tensor", "tp")]
+        return [line for line, p in zip(lines, spec.placements, strict=True) if not isinstance(p, Replicate)]
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite:
         return GradientSite("local")

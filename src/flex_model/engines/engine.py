@@ -247,6 +247,14 @@ class Engine:
         """The full parameter, detached; None: not my parameter. Collective."""
         return None
 
+    def parted(self, owner: nn.Module, attribute: str) -> Iterable[tuple[int, ...]]:
+        """Axes (the ranks along each) over which a parameter is in parts, or another on each rank."""
+        parameter = owner._parameters.get(attribute)
+        full = None if parameter is None else self.full_shape(parameter)
+        if parameter is None or full is None or full == tuple(parameter.shape):
+            return []
+        return [a.ranks for a in self.axes if a.kind == "tensor"]
+
     def gradient_before(self, owner: nn.Module, attribute: str) -> Tensor | None:
         """What this rank has accumulated before a backward, for a ``finished`` gradient site."""
         return None

@@ -71,6 +71,9 @@ class FSDP1Engine(Engine):
             return handle, real[index], flat._shapes[index]
         return None
 
+    def parted(self, owner: nn.Module, attribute: str) -> list[tuple[int, ...]]:
+        return [self.axes[-1].ranks] if self._place(owner, attribute) else []
+
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
         return GradientSite("finished") if self._place(owner, attribute) else None
 

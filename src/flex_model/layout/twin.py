@@ -26,7 +26,7 @@ from flex_model.layout.record import Key, Watched, double_batch, recorded
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
-__all__ = ["GlobalShapes", "Opaque", "Twin", "TwinShapes", "global_shapes"]
+__all__ = ["GlobalShapes", "Opaque", "Twin", "TwinShapes", "global_shapes", "stripped"]
 
 Shapes = dict[Key, list[tuple[int, ...]]]
 
@@ -100,7 +100,7 @@ def global_shapes(model: nn.Module) -> GlobalShapes:
 
 
 @contextmanager
-def _stripped(
+def stripped(
     model: nn.Module,
     engines: Wholeness | _AsItIs,
     kept: Collection[tuple[int, ...]],
@@ -194,7 +194,7 @@ class Twin:
         return out
 
     def _whole(self, inputs: Any, names: Watched, trace: Trace | None = None) -> _Run:
-        with _stripped(self._model, self._engines, self._kept, self._known) as memo:
+        with stripped(self._model, self._engines, self._kept, self._known) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
         with self._engines.alone():
@@ -206,7 +206,7 @@ class Twin:
             if mimic is None:
                 return {}
             try:
-                with _stripped(self._model, _AsItIs(self._engines), self._kept) as memo:
+                with stripped(self._model, _AsItIs(self._engines), self._kept) as memo:
                     copied = copy.deepcopy(self._model, memo)
                 mimic.prepare(copied)
                 local = Trace()
