@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flex_model.check.expressions import Expressions
+from flex_model.check.expressions import Expressions, spelled
 from flex_model.check.source import NOTHING, Syntax, Target, is_library, syntax_of, target_of
 from flex_model.check.values import UNKNOWN, Value, either, mixed
 from flex_model.check.vocabulary import (
@@ -59,7 +59,7 @@ class Calls(Expressions):
     def on_call(self, node: ast.Call) -> Value:
         positional = [self.value(a) for a in node.args]
         given = Given(positional, {k.arg or f"**{i}": self.value(k.value) for i, k in enumerate(node.keywords)})
-        what = ast.unparse(node.func)[:60] + "()"
+        what = spelled(node.func) + "()"
         function = self.value(node.func) if not isinstance(node.func, ast.Attribute) else None
         base = self.value(node.func.value) if isinstance(node.func, ast.Attribute) else None
         method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
@@ -142,7 +142,6 @@ class Calls(Expressions):
     # -- tensors -----------------------------------------------------------------------------------------------
     def _of_tensor(self, node: ast.Call, base: Value, method: str, given: Given, what: str) -> Value:
         line, inside = node.lineno, self.inside
-        what = f"{ast.unparse(node.func)[-40:]}()"
         if method in ABOUT:
             return Value(kind="about")
         if method in ("get_device",):
@@ -156,7 +155,7 @@ class Calls(Expressions):
             if self.notes.run != "sharded":
                 self.notes.whole_already(method, line, inside)
             elif method in COLLECTIVE_METHODS and self.uncertain:
-                self.notes.collective(f"{what}", line, inside, uncertain=self.uncertain)
+                self.notes.collective(what, line, inside, uncertain=self.uncertain)
             elif method == "to_local":
                 return base.but(varies=base.varies)
             return base.but(alias=False)

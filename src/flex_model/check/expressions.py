@@ -16,7 +16,7 @@ from flex_model.check.source import NOTHING, Target
 from flex_model.check.values import UNKNOWN, Mark, Value, either, mixed
 from flex_model.check.vocabulary import ABOUT, RANK_NAMES, RANK_VARIABLES, SIZE_VARIABLES, VIEWS, is_container
 
-__all__ = ["Expressions"]
+__all__ = ["Expressions", "spelled"]
 
 _ABOUT = Value(kind="about")
 _CONTAINERS = (ast.Tuple, ast.List, ast.Set)
@@ -51,6 +51,18 @@ def attribute_of(thing: Any, name: str) -> Any:
     if of_class is NOTHING or isinstance(of_class, property) or type(thing).__module__ == "builtins":
         return NOTHING
     return getattr(thing, name, NOTHING) if callable(of_class) else NOTHING
+
+
+def spelled(node: ast.AST, most: int = 60) -> str:
+    """The source text of an expression; chains of names, which most are, take a hundredth of the time."""
+    names: list[str] = []
+    inner = node
+    while isinstance(inner, ast.Attribute):
+        names.append(inner.attr)
+        inner = inner.value
+    if isinstance(inner, ast.Name):
+        return ".".join([inner.id, *reversed(names)])
+    return ast.unparse(node)[-most:] if isinstance(node, ast.Attribute) else ast.unparse(node)[:most]
 
 
 class Expressions:
@@ -109,8 +121,8 @@ class Expressions:
 
     def on_attribute(self, node: ast.Attribute) -> Value:
         base, name = self.value(node.value), node.attr
-        if base.kind == "about" and name == "index" and ast.unparse(node).endswith("device.index"):
-            return self.mark("FM111", ast.unparse(node), node)
+        if base.kind == "about" and name == "index" and spelled(node).endswith("device.index"):
+            return self.mark("FM111", spelled(node), node)
         if base.kind == "about":
             return _ABOUT
         if base.kind == "tensor" or base.of_input:
@@ -141,7 +153,7 @@ class Expressions:
             chosen = [node.slice] if not isinstance(node.slice, ast.Tuple) else node.slice.elts
             picks = any(isinstance(c, (ast.Compare, ast.List)) or self.value(c).kind == "tensor" for c in chosen)
             if any(self._is_mask(c) for c in chosen):
-                self.notes.data(f"{ast.unparse(node)[:60]}", node.lineno, self.inside)
+                self.notes.data(spelled(node), node.lineno, self.inside)
             shared = base.alias and not picks
             return base.but(alias=shared, view=shared, known=NOTHING, varies=base.varies | index.varies)
         if base.outside and base.known is not NOTHING and isinstance(base.known, (dict, list, tuple)):
@@ -206,7 +218,7 @@ class Expressions:
         value = self.value(left)
         if not value.outside or not isinstance(value.known, int):
             return frozenset()
-        return self.mark("FM111", ast.unparse(node), node).varies
+        return self.mark("FM111", spelled(node), node).varies
 
     def on_boolop(self, node: ast.BoolOp) -> Value:
         values = [self.value(n) for n in node.values]
@@ -227,7 +239,7 @@ class Expressions:
     def asks(self, value: Value, node: ast.AST) -> None:
         """``value`` is asked whether it is true."""
         if value.is_data and value.kind == "tensor":
-            self.notes.data(f"the truth of {ast.unparse(node)[:60]}", getattr(node, "lineno", 0), self.inside)
+            self.notes.data(f"the truth of {spelled(node)}", getattr(node, "lineno", 0), self.inside)
 
     def _sequence(self, node: Any) -> Value:
         inner = [self.value(n) for n in node.elts]
@@ -244,7 +256,7 @@ class Expressions:
     def on_formattedvalue(self, node: ast.FormattedValue) -> Value:
         inner = self.value(node.value)
         if inner.is_data and inner.kind == "tensor":
-            self.notes.data(f"printing {ast.unparse(node.value)[:60]}", node.lineno, self.inside)
+            self.notes.data(f"printing {spelled(node.value)}", node.lineno, self.inside)
         return inner
 
     def on_lambda(self, node: ast.Lambda) -> Value:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flex_model.check.calls import Calls
+from flex_model.check.expressions import spelled
 from flex_model.check.notes import Notes
 from flex_model.check.source import NOTHING, Syntax, Target
 from flex_model.check.values import UNKNOWN, Mark, Value, either, mixed
@@ -112,9 +113,8 @@ class Reader(Calls):
             return
         line, add = node.lineno, self.notes.add
         self.notes.differs(value.varies)
-        text = "" if node.value is None else ast.unparse(node.value)[:60]
         if value.kind in _NO_TENSOR or (value.kind == "about" and not isinstance(node.value, ast.Call)):
-            kind = _NO_TENSOR.get(value.kind, "no tensor")
+            text, kind = ast.unparse(node)[7:67], _NO_TENSOR.get(value.kind, "no tensor")
             add("FM103", line, f"`{text}` is {kind}; return one tensor of the input's shape, or None for unchanged")
         elif value.of_input and value.moved:
             add(
@@ -153,6 +153,9 @@ class Reader(Calls):
             self.assign(node.target, self.value(node.value), node)
 
     def assign(self, target: ast.expr, value: Value, node: ast.stmt) -> None:
+        if isinstance(target, ast.Name) and target.id not in self.escaping:
+            self.bind(target, value)
+            return
         line, what = node.lineno, f"`{ast.unparse(node)[:60]}`"
         if isinstance(target, (ast.Tuple, ast.List)):
             parts = node.value.elts if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) else []
@@ -160,8 +163,7 @@ class Reader(Calls):
                 part = self.value(parts[i]) if len(parts) == len(target.elts) else self.element_of(value)
                 self.assign(inner, part, node)
         elif isinstance(target, ast.Name):
-            if target.id in self.escaping:
-                self._state(what, line, value)
+            self._state(what, line, value)
             self.bind(target, value)
         elif isinstance(target, ast.Subscript):
             self._store(self.value(target.value), self.value(target.slice), value, what, line, target.value)
@@ -293,9 +295,10 @@ class Reader(Calls):
         forked = False
         for item in node.items:
             entered = self.value(item.context_expr)
-            forked |= "fork_rng" in ast.unparse(item.context_expr)
+            text = _called(item.context_expr)
+            forked |= text.endswith("fork_rng")
             if item.optional_vars is not None:
-                opened = "open(" in ast.unparse(item.context_expr)
+                opened = text.endswith("open")
                 self.bind(item.optional_vars, Value(kind="file") if opened else entered)
         before = self.forked, self.seeded
         self.forked += forked
@@ -320,3 +323,8 @@ class Reader(Calls):
         for alias in node.names:
             thing = NOTHING if module is NOTHING else getattr(module, alias.name, NOTHING)
             self.local[alias.asname or alias.name] = self.of_object(thing, alias.name)
+
+
+def _called(node: ast.expr) -> str:
+    """The name of what is called to enter a block."""
+    return spelled(node.func) if isinstance(node, ast.Call) else ""

@@ -101,7 +101,7 @@ def _def(code: CodeType, lines: list[str]) -> Syntax | None:
     tree = None
     for block in (lambda: lines[first : _last_line(code)], lambda: inspect.getblock(lines[first:])):
         try:
-            tree = ast.parse(textwrap.dedent("".join(block())))
+            tree = ast.parse("\n" * first + textwrap.dedent("".join(block())))  # with the file's line numbers
             break
         except SyntaxError:  # the last line with code of its own need not be the last one
             continue
@@ -110,7 +110,6 @@ def _def(code: CodeType, lines: list[str]) -> Syntax | None:
         return None
     if not _same_names(node.args, code):
         return None
-    ast.increment_lineno(node, first)
     return Syntax(node.args, node.body)
 
 
@@ -133,13 +132,13 @@ def _lambda(code: CodeType, lines: list[str]) -> Syntax | None:
     text = b"".join([*raw[:-1], last])
     words = [m.start() for m in re.finditer(rb"\blambda\b", text) if m.start() < body_at]
     for at in reversed(words):
+        above = b"\n" * (first - 1 + text[:at].count(b"\n"))
         for closing in range(4):  # parentheses around the last part have no instruction
             try:
-                node = ast.parse(b"(" + text[at:] + b")" * (closing + 1), mode="eval").body
+                node = ast.parse(above + b"(" + text[at:] + b")" * (closing + 1), mode="eval").body
             except SyntaxError:
                 continue
             if isinstance(node, ast.Lambda) and _same_names(node.args, code):
-                ast.increment_lineno(node, first - 1 + text[:at].count(b"\n"))
                 answer = ast.copy_location(ast.Return(node.body), node.body)
                 return Syntax(node.args, [answer])
             break
