@@ -62,7 +62,7 @@ def forgotten(x):
 
 @bad("FM102")
 def forgotten_name(x):
-    y = x - x.mean()
+    y = x - x.mean()  # noqa: F841
 
 
 @bad("FM102")
@@ -519,13 +519,13 @@ def written(x):
 
 @bad("FM141")
 def dumped(x):
-    json.dump(x.detach().tolist(), open("x.json", "w"))
+    json.dump(x.detach().tolist(), open("x.json", "w"))  # noqa: SIM115
     return x
 
 
 @bad("FM141")
 def pickled(x):
-    pickle.dump(x.detach(), open("x.pkl", "wb"))
+    pickle.dump(x.detach(), open("x.pkl", "wb"))  # noqa: SIM115
 
 
 @bad("FM141")

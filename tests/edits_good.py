@@ -250,7 +250,7 @@ def nested(x: Tensor) -> Tensor:
     def part(y: Tensor) -> Tensor:
         return y - y.mean()
 
-    return part(x) + (lambda z: z * 2)(x)
+    return part(x) + (lambda z: z * 2)(x)  # noqa: PLC3002
 
 
 def raising(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import random as python_random
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,14 +26,15 @@ from flex_model.check.vocabulary import (
     is_container,
     meaning,
     prints_by_name,
+    words,
 )
 
 __all__ = ["Calls"]
 
 _DTYPES = {"half", "double", "bfloat16", "int", "long", "short", "char", "byte", "bool", "cfloat", "cdouble"}
-_SEVERAL = frozenset(
+_SEVERAL = words(
     "split chunk unbind tensor_split topk sort aminmax hsplit vsplit var_mean std_mean broadcast_tensors mode median "
-    "kthvalue cummax cummin svd qr eigh slogdet".split()
+    "kthvalue cummax cummin svd qr eigh slogdet"
 )
 _NUMBERS = frozenset({float, int, bool, complex})
 _MADE_WITH_SEED = (torch.Generator, python_random.Random)
@@ -317,8 +318,6 @@ class Calls(Expressions):
     # -- functions of the user's own ---------------------------------------------------------------------------
     def _followed(self, thing: Any, given: Given) -> Value:
         """A function that is called, read as the editing function is, if it is the user's and not too far away."""
-        if not isinstance(thing, (FunctionType, MethodType, nn.Module)) and not hasattr(type(thing), "__call__"):
-            return mixed(*given.all)
         target = None if isinstance(thing, type) else target_of(thing)
         if target is None or is_library(target.function) or self.depth >= self.reach(target.function):
             return mixed(*given.all)

@@ -37,8 +37,8 @@ def examine(
     (['FM121'], [])
 
     ``run``, ``random`` and ``hook_type`` are what the function is registered with: side effects are right under
-    ``run="one_rank"``, say. Each finding has a page, docs/errors/FMxxx.md. What calls itself by computed names, or hides
-    in other packages, is not seen.
+    ``run="one_rank"``, say. Each finding has a page, docs/errors/FMxxx.md. What is called by computed names, or hides in
+    other packages, is not seen.
     """
     try:
         four = adapt_editing_function(fn, "").uses_context
@@ -72,7 +72,7 @@ def name_of(fn: Callable[..., Any]) -> str:
 def _of_its_kind(fn: Callable[..., Any], target: Target) -> Finding | None:
     code, name = target.function.__code__, name_of(fn)
     if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
-        text = f"{name}, line {code.co_firstlineno}: a generator or coroutine runs nothing when it is called; use return"
+        text = f"{name}, line {code.co_firstlineno}: calling a generator or coroutine runs nothing; use return"
         return finding("FM104", text + ".", code.co_firstlineno)
     if isinstance(fn, nn.Module) and code.co_argcount - 1 - len(target.function.__defaults__ or ()) < 4:
         text = f"{name}: a module's call takes *args, so it gets four arguments; pass lambda x: module(x)."

@@ -36,7 +36,7 @@ def _kind_of(thing: Any) -> str:
 
 def attribute_of(thing: Any, name: str) -> Any:
     """An attribute, where looking it up runs nobody's code."""
-    if isinstance(thing, ModuleType) or isinstance(thing, type):
+    if isinstance(thing, (ModuleType, type)):
         return vars(thing).get(name, NOTHING) if isinstance(thing, ModuleType) else getattr(thing, name, NOTHING)
     if isinstance(thing, nn.Module):
         for table in (thing._parameters, thing._buffers, thing._modules):

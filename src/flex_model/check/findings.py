@@ -1,4 +1,4 @@
-"""``Finding``: one thing that goes wrong with an editing function in parallel code, with a page that shows the way out."""
+"""``Finding``: one thing that goes wrong with an editing function in parallel code, and the page on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["CODES", "Finding", "finding"]
+__all__ = ["CHANGES", "CODES", "Finding", "finding"]
 
 Severity = Literal["warning", "error"]
 
@@ -42,6 +42,7 @@ CODES = MappingProxyType(
         "FM164": ("error", "tried on fake tensors: another device"),
     }
 )
+CHANGES = frozenset({"FM141", "FM142", "FM143", "FM144"})  # calling the function changes something else
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ class Notes:
                 inside=inside,
             )
         elif target.alias and self.run == "sharded":
-            lost = "is lost or refused" if target.view else "goes into the model's own memory, of which there is no copy"
+            lost = "is lost or refused" if target.view else "goes into the model's own memory, not into a copy"
             self.add(
                 "FM134",
                 line,

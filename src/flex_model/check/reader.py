@@ -224,9 +224,12 @@ class Reader(Calls):
     def branch(self, test: Value) -> Iterator[None]:
         by_rank, by_data = bool(test.varies), test.of_input
         for_one = any(m.code == "FM111" for m in test.varies)
-        self.by_rank, self.by_data, self.guarded = self.by_rank + by_rank, self.by_data + by_data, self.guarded + for_one
+        before = self.by_rank, self.by_data, self.guarded
+        self.by_rank += by_rank
+        self.by_data += by_data
+        self.guarded += for_one
         yield
-        self.by_rank, self.by_data, self.guarded = self.by_rank - by_rank, self.by_data - by_data, self.guarded - for_one
+        self.by_rank, self.by_data, self.guarded = before
 
     def do_if(self, node: ast.If) -> None:
         test = self.value(node.test)

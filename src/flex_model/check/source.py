@@ -26,9 +26,13 @@ class _Nothing:
 
 
 NOTHING: Any = _Nothing()
-_LIBRARIES = tuple(
-    {str(Path(p)) for key in ("stdlib", "platstdlib", "purelib", "platlib") if (p := sysconfig.get_path(key))}
-) + (str(Path(__file__).resolve().parents[1]), "<frozen", "site-packages", "dist-packages")
+_LIBRARIES = (
+    *{str(Path(p)) for key in ("stdlib", "platstdlib", "purelib", "platlib") if (p := sysconfig.get_path(key))},
+    str(Path(__file__).resolve().parents[1]),
+    "<frozen",
+    "site-packages",
+    "dist-packages",
+)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -70,7 +74,7 @@ def target_of(fn: Callable[..., Any]) -> Target | None:
         elif isinstance(fn, type):
             return None
         else:
-            call = type(fn).forward if isinstance(fn, nn.Module) else getattr(type(fn), "__call__", None)
+            call = type(fn).forward if isinstance(fn, nn.Module) else inspect.getattr_static(type(fn), "__call__", None)
             if not isinstance(call, FunctionType):
                 return None
             receiver, fn = fn, call
@@ -128,7 +132,7 @@ def _lambda(code: CodeType, lines: list[str]) -> Syntax | None:
     first = code.co_firstlineno
     raw = [line.encode() for line in lines[first - 1 : end_line]]  # positions count bytes
     last = raw[-1][:end]
-    body_at = sum(map(len, raw[: start_line - first])) + start  # type: ignore[operator]
+    body_at = sum(len(line) for line in raw[: start_line - first]) + start  # type: ignore[operator]
     text = b"".join([*raw[:-1], last])
     words = [m.start() for m in re.finditer(rb"\blambda\b", text) if m.start() < body_at]
     for at in reversed(words):

@@ -30,63 +30,67 @@ __all__ = [
     "is_pure_module",
     "meaning",
     "prints_by_name",
+    "words",
 ]
 
-RANK_VARIABLES = frozenset(
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+RANK_VARIABLES = words(
     "RANK LOCAL_RANK GROUP_RANK ROLE_RANK SLURM_PROCID SLURM_LOCALID SLURM_NODEID OMPI_COMM_WORLD_RANK "
-    "OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK CUDA_VISIBLE_DEVICES HOSTNAME".split()
+    "OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK CUDA_VISIBLE_DEVICES HOSTNAME"
 )
-SIZE_VARIABLES = frozenset("WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE SLURM_NTASKS SLURM_NPROCS".split())
-RANK_NAMES = frozenset("rank local_rank global_rank my_rank world_rank node_rank is_main is_rank_zero".split())
-RANK_METHODS = frozenset("get_rank get_local_rank get_node_local_rank get_coordinate get_group_rank".split())
+SIZE_VARIABLES = words("WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE SLURM_NTASKS SLURM_NPROCS")
+RANK_NAMES = words("rank local_rank global_rank my_rank world_rank node_rank is_main is_rank_zero")
+RANK_METHODS = words("get_rank get_local_rank get_node_local_rank get_coordinate get_group_rank")
 COLLECTIVE_METHODS = frozenset({"full_tensor", "redistribute"})
 WHOLE_METHODS = COLLECTIVE_METHODS | {"to_local"}  # what a tensor that is whole already does not have
 
 _RANKS = RANK_METHODS | {"current_device"}
 _SIZES = frozenset({"get_world_size", "get_group_size", "device_count"})
-_COLLECTIVES = frozenset(
+_COLLECTIVES = words(
     "all_reduce reduce broadcast all_gather all_gather_into_tensor all_gather_object gather gather_object scatter "
     "scatter_object_list reduce_scatter reduce_scatter_tensor all_to_all all_to_all_single barrier monitored_barrier "
     "send recv isend irecv batch_isend_irecv broadcast_object_list send_object_list recv_object_list new_group "
     "all_gather_tensor all_gather_tensor_autograd reduce_scatter_tensor_autograd all_to_all_single_autograd "
-    "all_reduce_coalesced all_gather_coalesced permute_tensor distribute_tensor".split()
+    "all_reduce_coalesced all_gather_coalesced permute_tensor distribute_tensor"
 )
-_DRAWS = frozenset(
+_DRAWS = words(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal poisson dropout "
-    "alpha_dropout feature_dropout feature_alpha_dropout rrelu native_dropout binomial".split()
+    "alpha_dropout feature_dropout feature_alpha_dropout rrelu native_dropout binomial"
 )
-_DRAWS_F = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout gumbel_softmax rrelu".split()
+_DRAWS_F = words("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout gumbel_softmax rrelu")
+DRAWING_METHODS = words(
+    "uniform_ normal_ bernoulli bernoulli_ multinomial exponential_ geometric_ cauchy_ log_normal_ random_"
 )
-DRAWING_METHODS = frozenset(
-    "uniform_ normal_ bernoulli bernoulli_ multinomial exponential_ geometric_ cauchy_ log_normal_ random_".split()
-)
-_CLOCK = frozenset("time time_ns perf_counter perf_counter_ns monotonic monotonic_ns process_time".split())
-_HOST = frozenset("getpid getppid gethostname getfqdn node uname urandom uuid1 uuid4 getnode".split())
-_LOG = frozenset("debug info warning warn error exception critical log".split())
-_WRITES = frozenset(
+_CLOCK = words("time time_ns perf_counter perf_counter_ns monotonic monotonic_ns process_time")
+_HOST = words("getpid getppid gethostname getfqdn node uname urandom uuid1 uuid4 getnode")
+_LOG = words("debug info warning warn error exception critical log")
+_WRITES = words(
     "save dump savez savez_compressed savetxt save_file to_csv to_parquet write_text write_bytes writerow writerows "
-    "imsave savefig tofile save_pretrained save_to_disk".split()
+    "imsave savefig tofile save_pretrained save_to_disk"
 )
-_TRACKERS = frozenset("wandb mlflow tensorboard tensorboardX comet_ml neptune aim clearml swanlab".split())
-_TRACKED = frozenset(
+_TRACKERS = words("wandb mlflow tensorboard tensorboardX comet_ml neptune aim clearml swanlab")
+_TRACKED = words(
     "add_scalar add_scalars add_histogram add_image add_text add_figure add_embedding log_metric log_metrics "
-    "log_artifact".split()
+    "log_artifact"
 )
 
-VIEWS = frozenset(
+VIEWS = words(
     "view view_as reshape reshape_as transpose permute movedim moveaxis swapaxes swapdims t unsqueeze squeeze flatten "
     "unflatten narrow select chunk split tensor_split unbind diagonal unfold as_strided contiguous detach real imag "
     "to float half double bfloat16 type type_as cpu cuda to_local requires_grad_ T mT H mH data swapaxes hsplit vsplit "
-    "expand expand_as broadcast_to alias refine_names rename values".split()
+    "expand expand_as broadcast_to alias refine_names rename values"
 )
-ABOUT = frozenset(
+ABOUT = words(
     "shape dtype device ndim layout requires_grad is_cuda is_leaf is_meta names grad_fn itemsize nbytes size dim numel "
     "stride is_floating_point is_complex nelement element_size ndimension is_contiguous storage_offset placements "
-    "device_mesh _version is_inference is_sparse is_quantized".split()
+    "device_mesh _version is_inference is_sparse is_quantized"
 )
-ADDING = frozenset("append extend appendleft extendleft setdefault insert".split())
-CHANGING = ADDING | frozenset("add update pop popleft popitem remove clear discard put put_nowait sort reverse".split())
+ADDING = words("append extend appendleft extendleft setdefault insert")
+CHANGING = ADDING | words("add update pop popleft popitem remove clear discard put put_nowait sort reverse")
 
 
 def is_container(thing: Any) -> bool:
@@ -107,7 +111,7 @@ def _module(thing: Any) -> str:
 
 
 def meaning(thing: Any) -> str:
-    """"rank", "size", "process", "collective", "random", "other random", "seed", "output", or "" for nothing of these.
+    """ "rank", "size", "process", "collective", "random", "other random", "seed", "output", or "" for nothing of these.
 
     ``thing`` is the function or class that is called.
     """
@@ -135,9 +139,7 @@ def meaning(thing: Any) -> str:
 
 def _of_torch(thing: Any, name: str, module: str) -> str:
     if module.startswith("torch.distributed"):
-        return (
-            "rank" if name in _RANKS else "size" if name in _SIZES else "collective" if name in _COLLECTIVES else ""
-        )
+        return "rank" if name in _RANKS else "size" if name in _SIZES else "collective" if name in _COLLECTIVES else ""
     if name in ("current_device", "device_count") and module.startswith(("torch.cuda", "torch.accelerator")):
         return "rank" if name == "current_device" else "size"
     if name in _DRAWS and getattr(torch, name, None) is thing:

@@ -47,7 +47,7 @@ def bind(
     _check_it_can_fire(runtime, name, hook_type, where)
     edit = None if hook.editing_function is None else adapt_editing_function(hook.editing_function, where)
     if hook.editing_function is not None:
-        from flex_model.check.examine import warn_of  # it looks at what is above: presets, pages
+        from flex_model.check.examine import warn_of  # it uses what is here
 
         warn_of(hook.editing_function, hook.run, hook.random, hook_type)
     axes, override = on_mesh(hook, runtime.mesh, where)
