@@ -37,8 +37,8 @@ def examine(
     (['FM121'], [])
 
     ``run``, ``random`` and ``hook_type`` are what the function is registered with: side effects are right under
-    ``run="one_rank"``, say. Each finding has a page, docs/errors/FMxxx.md. What is called by computed names, or hides in
-    other packages, is not seen.
+    ``run="one_rank"``, say. Each finding has a page, docs/errors/FMxxx.md. What is called by computed names, or hides
+    in other packages, is not seen.
     """
     try:
         four = adapt_editing_function(fn, "").uses_context

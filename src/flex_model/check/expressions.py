@@ -187,9 +187,9 @@ class Expressions:
         kind = "tensor" if "tensor" in kinds else left.kind if len(kinds) == 1 else ""
         made = mixed(left, right, kind=kind)
         movers = [v for v in (left, right) if v.of_input]
+        cast = all(v.cast and not v.cast.startswith("a comp") for v in movers)  # others are promoted
         return made.but(
-            moved=next((v.moved for v in movers if v.moved), ""),
-            cast=next((v.cast for v in movers), "") if len(movers) == 1 and not made.cast.startswith("a comp") else "",
+            moved=next((v.moved for v in movers if v.moved), ""), cast=movers[0].cast if movers and cast else ""
         )
 
     def on_unaryop(self, node: ast.UnaryOp) -> Value:

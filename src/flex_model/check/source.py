@@ -127,12 +127,12 @@ def _lambda(code: CodeType, lines: list[str]) -> Syntax | None:
     spans = [p for p in code.co_positions() if None not in p and (p[2], p[3]) != (0, 0)]
     if not spans:
         return None
-    start_line, start = min((p[0], p[2]) for p in spans)  # type: ignore[type-var]
-    end_line, end = max((p[1], p[3]) for p in spans)  # type: ignore[type-var]
+    start_line, start = min((int(p[0] or 0), int(p[2] or 0)) for p in spans)
+    end_line, end = max((int(p[1] or 0), int(p[3] or 0)) for p in spans)
     first = code.co_firstlineno
     raw = [line.encode() for line in lines[first - 1 : end_line]]  # positions count bytes
     last = raw[-1][:end]
-    body_at = sum(len(line) for line in raw[: start_line - first]) + start  # type: ignore[operator]
+    body_at = sum(len(line) for line in raw[: start_line - first]) + start
     text = b"".join([*raw[:-1], last])
     words = [m.start() for m in re.finditer(rb"\blambda\b", text) if m.start() < body_at]
     for at in reversed(words):

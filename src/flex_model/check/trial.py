@@ -18,6 +18,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flex_model.check.examine import examine
 from flex_model.check.findings import CHANGES, Finding, finding
@@ -180,6 +181,22 @@ def untouched(save_ctx: SaveContext) -> Iterator[None]:
             numpy.random.set_state(state[1])
 
 
+class _NoRealWrites(TorchDispatchMode):
+    """What is done to real tensors alone is done, with the fake mode as without: here their fakes are written."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            args, kwargs = pytree.tree_map_only(Tensor, self._fake, (args, dict(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        return self.mode.from_tensor(tensor) if type(tensor) in (Tensor, nn.Parameter) else tensor
+
+
 # -- one trial -------------------------------------------------------------------------------------------------
 def try_bound(
     bound: Bound,
@@ -198,6 +215,7 @@ def try_bound(
     with ExitStack() as stack, warnings.catch_warnings(), _unlogged():
         warnings.simplefilter("ignore")
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_NoRealWrites(mode))
         parameters = [mode.from_tensor(t) for t in modules.trainable_tensors()]
         stack.enter_context(modules.replaced(parameters))
         try:
@@ -265,7 +283,7 @@ def _raised(bound: Bound, error: Exception) -> tuple[Finding | None, str]:
 def try_first(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> None:
     """Before the first time that an edit runs on a tensor: refuse an answer of another shape or dtype.
 
-    Whatever else a trial finds, the run itself will say. What changes Python objects is not tried, so that it runs once.
+    Whatever else a trial finds, the run itself will say. What changes Python objects is not tried: it runs once.
     """
     if index in bound.tried or bound.hook.editing_function is None:
         return

@@ -64,7 +64,7 @@ def input_kind(inputs: Any) -> tuple[tuple[str, int, bool], ...]:
 
 
 def double_batch(inputs: Any, *, vectors: bool = True, dim: int = 0, times: int = 2) -> Any:
-    """``inputs`` with the batch twice (``times``) over: tensors whose ``dim`` is the batch are concatenated with themselves.
+    """``inputs`` with the batch twice (``times``) over: tensors whose ``dim`` is the batch are repeated.
 
     ``vectors=False`` leaves one-dim tensors alone: a position vector may be as long as the batch by accident.
     """
