@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "DeliveryError",
     "EditError",
+    "EditWarning",
     "EngineError",
     "FlexModelError",
     "GroupError",
@@ -61,6 +62,13 @@ class ShapeError(FlexModelError, ValueError):
 
 class EditError(FlexModelError, RuntimeError):
     """An editing function or a ``select`` failed on some rank; every rank raises it."""
+
+
+class EditWarning(UserWarning):
+    """What ``flex_model.check.examine`` found in an editing function that is being registered.
+
+    Silence it as any warning: ``warnings.filterwarnings("ignore", category=EditWarning, message="FM141")``.
+    """
 
 
 class MismatchError(FlexModelError, RuntimeError):

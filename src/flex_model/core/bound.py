@@ -48,6 +48,7 @@ class Bound:
     enabled: bool = True
     temporary: bool = False  # of capture and edit: the choice of groups does not apply
     fired: int = 0
+    tried: set[int] = field(default_factory=set)  # indices at which check mode has tried the edit
     told: bool = False  # that there is nothing to hook in the value
     handles: list[Callable[[], None]] = field(default_factory=list)
 

@@ -86,6 +86,10 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
     problem = check_expected(bound, full)
     if problem:
         raise ShapeError(problem)
+    if context.check:
+        from flex_model.check.trial import try_first  # it uses what is here
+
+        try_first(bound, context, full, index, call)
     selection = bound.selection
     value = full if selection is None else selection.take(full)
     if bound.hook.random and not isinstance(full, DTensor):

@@ -46,6 +46,10 @@ def bind(
     module = runtime.names.module_of(name, side)
     _check_it_can_fire(runtime, name, hook_type, where)
     edit = None if hook.editing_function is None else adapt_editing_function(hook.editing_function, where)
+    if hook.editing_function is not None:
+        from flex_model.check.examine import warn_of  # it uses what is here
+
+        warn_of(hook.editing_function, hook.run, hook.random, hook_type)
     axes, override = on_mesh(hook, runtime.mesh, where)
     selection = None if hook.select is None else Selection(hook.select)
     return Bound(

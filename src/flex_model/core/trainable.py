@@ -84,12 +84,12 @@ class TrainableModules(nn.ModuleDict):
         tensors = [
             DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False) for t in self.trainable_tensors()
         ]
-        self._sharded = True
+        before, self._sharded = self._sharded, True
         try:
             with self.replaced(tensors):
                 yield
         finally:
-            self._sharded = False
+            self._sharded = before
 
     # -- a pipeline's step -------------------------------------------------------------------------------------
     def set_aside(self) -> list[Tensor | None]:

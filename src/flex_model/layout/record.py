@@ -63,8 +63,8 @@ def input_kind(inputs: Any) -> tuple[tuple[str, int, bool], ...]:
     return tuple((x.path, x.tensor.dim(), x.tensor.shape[:1] == (batch,)) for x in find_leaves(inputs))
 
 
-def double_batch(inputs: Any, *, vectors: bool = True, dim: int = 0) -> Any:
-    """``inputs`` with the batch twice over: every tensor whose ``dim`` is the batch is concatenated with itself.
+def double_batch(inputs: Any, *, vectors: bool = True, dim: int = 0, times: int = 2) -> Any:
+    """``inputs`` with the batch twice (``times``) over: tensors whose ``dim`` is the batch are repeated.
 
     ``vectors=False`` leaves one-dim tensors alone: a position vector may be as long as the batch by accident.
     """
@@ -72,7 +72,7 @@ def double_batch(inputs: Any, *, vectors: bool = True, dim: int = 0) -> Any:
 
     def twice(tensor: Tensor) -> Tensor:
         if tensor.dim() > max(dim, 0 if vectors else 1) and tensor.shape[dim] == batch:
-            return torch.cat([tensor, tensor], dim)
+            return torch.cat([tensor] * times, dim)
         return tensor
 
     return copy_tree(inputs, twice)

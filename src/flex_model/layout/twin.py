@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from flex_model.trees import copy_tree
 
 __all__ = ["GlobalShapes", "Opaque", "Twin", "TwinShapes", "global_shapes", "stripped"]
 
+T = TypeVar("T")
 Shapes = dict[Key, list[tuple[int, ...]]]
 
 
@@ -194,11 +195,24 @@ class Twin:
         return out
 
     def _whole(self, inputs: Any, names: Watched, trace: Trace | None = None) -> _Run:
+        twin = self._copied()
+        with self._engines.alone():
+            return self._run(twin, inputs, names, trace)
+
+    def _copied(self) -> nn.Module:
         with stripped(self._model, self._engines, self._kept, self._known) as memo:
             twin = copy.deepcopy(self._model, memo)
         self._engines.make_whole(twin)
+        return twin
+
+    def look(
+        self, inputs: Any, names: Watched, recording: Callable[[Watched], AbstractContextManager[T]]
+    ) -> tuple[T, str]:
+        """One run with global shapes of which something else is kept: what ``recording`` of the copies of the watched
+        modules yields, and why the run did not come to its end."""
+        twin = self._copied()
         with self._engines.alone():
-            return self._run(twin, inputs, names, trace)
+            return self._forward(twin, inputs, names, recording, None)
 
     def _disordered(self, inputs: Any, names: Watched, whole: _Run, trace: Trace) -> dict[tuple[Key, int], str]:
         """Where the model moves elements so that its shards are not in the order of the ranks."""
@@ -221,6 +235,23 @@ class Twin:
         return {place: why[n] for place, n in places if n in why}
 
     def _run(self, twin: nn.Module, inputs: Any, names: Watched, trace: Trace | None) -> _Run:
+        numbers: dict[Key, list[int]] = {}
+
+        def shapes(key: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
+            numbers[key] = [] if trace is None else [trace.number(t) for t in found]
+            return [tuple(t.shape) for t in found]
+
+        seen, stopped = self._forward(twin, inputs, names, lambda watched: recorded(watched, shapes), trace)
+        return _Run(seen, numbers, stopped)
+
+    def _forward(
+        self,
+        twin: nn.Module,
+        inputs: Any,
+        names: Watched,
+        recording: Callable[[Watched], AbstractContextManager[T]],
+        trace: Trace | None,
+    ) -> tuple[T, str]:
         counterpart = dict(zip(map(id, self._model.modules()), twin.modules(), strict=True))
         watched = {name: counterpart[id(module)] for name, module in names.items() if id(module) in counterpart}
 
@@ -228,20 +259,14 @@ class Twin:
             tensor = tensor.detach()
             return tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
 
-        numbers: dict[Key, list[int]] = {}
         stopped = ""
-
-        def shapes(key: Key, found: list[Tensor]) -> list[tuple[int, ...]]:
-            numbers[key] = [] if trace is None else [trace.number(t) for t in found]
-            return [tuple(t.shape) for t in found]
-
         args, kwargs = copy_tree(inputs, convert)
-        with torch.no_grad(), nonzero_is_full(), recorded(watched, shapes) as seen, IntegersAreReal(trace):
+        with torch.no_grad(), nonzero_is_full(), recording(watched) as seen, IntegersAreReal(trace):
             try:
                 twin(*args, **kwargs)
             except Exception as stop:  # what was met before is no less true
                 stopped = _told(stop)
-        return _Run(seen, numbers, stopped)
+        return seen, stopped
 
 
 def _told(error: Exception) -> str:
