@@ -13,7 +13,9 @@ from flex_model.routing.delivery import Deliver
 from flex_model.routing.rows import RowSource
 from flex_model.routing.selection import Selection
 
-__all__ = ["Bound", "Sink"]
+__all__ = ["WATCHED", "Bound", "Sink"]
+
+WATCHED = "watched"
 
 
 class Sink(Protocol):
@@ -49,6 +51,9 @@ class Bound:
     temporary: bool = False  # of capture and edit: the choice of groups does not apply
     fired: int = 0
     told: bool = False  # that there is nothing to hook in the value
+    met: str = ""  # of its gradient: WATCHED for, or why not; empty where its value was not met
+    reached: int = 0  # gradients met, also refused ones
+    missed: str = ""  # why it did not fire although it should have
     handles: list[Callable[[], None]] = field(default_factory=list)
 
     @property

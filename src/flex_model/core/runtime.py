@@ -25,10 +25,12 @@ from flex_model.core import fast
 from flex_model.core.backward import Backward
 from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged, in_backward, runs_already
+from flex_model.core.compiled import Compiled
 from flex_model.core.editing import EditContext
 from flex_model.core.firing import Point
 from flex_model.core.groups import Groups
 from flex_model.core.inference import Inference
+from flex_model.core.missed import Missed
 from flex_model.core.names import Names
 from flex_model.core.outbox import Outbox
 from flex_model.core.ragged import merge
@@ -86,6 +88,8 @@ class Runtime:
         self.outbox = Outbox(self)
         self.backward = Backward(self)
         self.steps = Steps(self)
+        self.missed = Missed(self)
+        self._compiled = Compiled()
         self._handles: list[Any] = []
         self._entry_handles: list[Any] = []
         self._parameter_handles: list[Any] = []
@@ -195,18 +199,22 @@ class Runtime:
             for handle in handles:
                 handle.remove()
             handles.clear()
+        self._compiled.step_back()
 
     def install(self) -> None:
         """Put the enabled hooks on the model, and nothing where none is enabled."""
         self.uninstall()
         enabled = [b for b in self.bounds if b.enabled]
         entries = self._entries(enabled) if enabled and self.active is None else []
-        outside = torch.compiler.disable if self.names.compiled else _as_it_is  # the compiler would trace hooks
+        around = {id(m): m for name in {b.name for b in enabled} for m in self.around(name)}
+        traced = self._compiled.step_aside(around.values())
+        outside = torch.compiler.disable if traced or self.names.compiled else _as_it_is
         for module in entries:
             enter = outside(self.enter)
             self._entry_handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         by_place: dict[tuple[int, str], list[Bound]] = {}
         enabled = [b for b in enabled if b.module is not None]
+        self.missed.arm(enabled)
         self._wanted = {
             (b.name, b.side, repr(b.hook.unpack_idx)): b.module
             for b in enabled
@@ -222,6 +230,11 @@ class Runtime:
         for module in entries:
             self._entry_handles.append(module.register_forward_hook(outside(self._left)))
             self._entry_handles.append(module.register_forward_hook(outside(self._failed), always_call=True))
+
+    def around(self, name: str) -> Iterator[nn.Module]:
+        """All modules that hold the one of a clean name, the wrapper included."""
+        yield self.outermost
+        yield from self.names.around(name)
 
     def _entries(self, enabled: list[Bound]) -> list[nn.Module]:
         """Modules whose call may be the outermost: the model, and the parts one or two levels down that hold hooks."""
@@ -287,6 +300,7 @@ class Runtime:
         index = self.calls if step is None else step.index
         self.active = ActiveCall(module, index, args, kwargs, torch.is_grad_enabled(), self.steps.place)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
+        self.missed.calls[id(module)] = self.calls
         self.calls += step is None
         if step is not None and self.mesh.axes:
             self.last_inputs = (args, kwargs)
@@ -377,6 +391,8 @@ class Runtime:
             self.backward.arm_outputs(call, output)
         call.staged, call.claims = [], {}
         call.drop_inputs()
+        if self.missed.pending and call.place is None:
+            self.missed.after_call(module, output)
 
     @property
     def lockstep(self) -> bool:
