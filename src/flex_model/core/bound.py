@@ -51,6 +51,7 @@ class Bound:
     temporary: bool = False  # of capture and edit: the choice of groups does not apply
     fired: int = 0
     told: bool = False  # that there is nothing to hook in the value
+    since: int = 0  # the number of calls before it was registered
     met: str = ""  # of its gradient: WATCHED for, or why not; empty where its value was not met
     reached: int = 0  # gradients met, also refused ones
     missed: str = ""  # why it did not fire although it should have

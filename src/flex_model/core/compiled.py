@@ -9,12 +9,21 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Compiled", "is_compiled"]
+__all__ = ["Compiled", "is_compiled", "something_is_compiled"]
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of this module run compiled: by ``.compile()``, ``torch.compile`` of it, or of its forward."""
     return module._compiled_call_impl is not None or _is_optimized(module) or _original(module) is not None
+
+
+def something_is_compiled() -> bool:
+    """Whether the compiler holds code for any function: the model's modules may run inside of it."""
+    conversion = sys.modules.get("torch._dynamo.convert_frame")
+    entries = getattr(sys.modules.get("torch._dynamo.eval_frame"), "_debug_get_cache_entry_list", None)
+    seen = getattr(getattr(conversion, "input_codes", None), "seen", ())
+    codes = [code for reference in list(seen) if (code := reference()) is not None]
+    return bool(codes) if entries is None else any(entries(code) for code in codes)
 
 
 def _is_optimized(module: nn.Module) -> bool:
@@ -57,7 +66,7 @@ class Compiled:
             self._back.append(call_back)
         original = _original(module)
         if _is_optimized(module):
-            original = module._orig_mod.__call__
+            original = module._modules["_orig_mod"].__call__  # type: ignore[union-attr,misc,operator]
         if original is not None:
             before, module.forward = module.forward, original  # type: ignore[method-assign]
 
@@ -75,7 +84,7 @@ class Compiled:
 
 
 def _forget(forward: Any) -> bool:
-    """Have a forward compiled anew that was compiled for somebody outside of the model, such as ``torch.compile(step)``.
+    """Have a forward compiled anew that was compiled from outside of the model, such as by ``torch.compile(step)``.
 
     The compiler leaves hooks out of what it checks before it runs old code.
     """

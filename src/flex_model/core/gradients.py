@@ -96,10 +96,12 @@ def watch_gradient(
 ) -> Tensor | None:
     """An alias of ``value`` whose gradient is met: that of this module alone, whoever else uses the value."""
     if not value.is_floating_point():
-        return _unwatched(watchers, f"it is {value.dtype}, which has no gradient")
+        _unwatched(watchers, f"it is {value.dtype}, which has no gradient")
+        return None
     if not value.requires_grad:
         if not any(b.gradient_sink is not None for b, _ in watchers):
-            return _unwatched(watchers, "its value does not require a gradient: all that it was made from is frozen")
+            _unwatched(watchers, "its value does not require a gradient: all that it was made from is frozen")
+            return None
         value = value.detach().requires_grad_().clone()
     bound = watchers[0][0]
     rows = gathered(bound, value, call)
@@ -109,7 +111,7 @@ def watch_gradient(
     alias.register_hook(partial(on_gradient, runtime, watchers, index, form, call, rows))
     for bound, _ in watchers:
         bound.met = WATCHED
-    if runtime.missed.pending:
+    if runtime.missed.walkers:
         mark_watched(watchers, alias)
     return alias
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flex_model.core.bound import WATCHED, Bound
-from flex_model.core.compiled import is_compiled
+from flex_model.core.compiled import is_compiled, something_is_compiled
 from flex_model.core.reasons import Reason, Reasons
 from flex_model.errors import MissedHookWarning
 from flex_model.trees import tensors
@@ -30,6 +30,8 @@ CUT = (
     "nothing that the model returned depends on it with a graph: what follows detaches it, runs without gradients, "
     "puts another value in its place, or does not use it"
 )
+NOT_CALLED = "nothing has called the model since"
+COMPILED_AROUND = f"{NOT_CALLED}; if what calls it was compiled before, call torch.compiler.reset() with the hooks on"
 Pending = tuple[Bound, int]  # a hook, and how often it had fired
 
 
@@ -48,22 +50,24 @@ class Missed:
         self.calls: dict[int, int] = {}  # {id of an outermost module: the index of its last call}
         self._tries: dict[Bound, int] = {}  # calls without a firing
         self._told: set[Bound] = set()
-        self._walk = False  # whether the next call's graph shall be looked at
+        self.walkers: list[Bound] = []  # whose values the next call's graph is searched for
+        self.known: set[tuple[str, str]] = set()  # sites whose gradients have been met
 
     # -- registered hooks --------------------------------------------------------------------------------------
     def arm(self, enabled: Sequence[Bound]) -> None:
         """These hooks are on: look at them until each has fired."""
         on = [b for b in enabled if not b.temporary and b not in self._told and self._tries.get(b, 0) < PATIENCE]
         self.pending = [(b, _count(b)) for b in on]
-        self._walk = any(b.is_gradient for b in on)
+        wanted = [b for b in enabled if b.side != "param" and (b.is_gradient or b.gradient_sink is not None)]
+        self.walkers = [b for b in wanted if not b.reached and (b.name, b.side) not in self.known]
 
     def after_call(self, module: nn.Module | None, output: Any = None) -> None:
         """A forward of ``module`` is over, or a pipeline's step: which values were missed in it?"""
-        if self._walk and torch.is_grad_enabled() and module is not None:
-            self._walk = False
-            _mark_cut([b for b, _ in self.pending if b.is_gradient], output)
+        if self.walkers and torch.is_grad_enabled() and module is not None:
+            _mark_cut(self.walkers, output)
+            self.walkers = []
         pending = [p for p in self.pending if _count(p[0]) == p[1]]
-        now = [b for b, _ in pending if not b.is_gradient and (module is None or _holds(module, b))]
+        now = [b for b, _ in pending if not b.is_gradient and (module is None or self._holds(module, b))]
         self._look(now, pending)
 
     def after_backward(self) -> None:
@@ -88,6 +92,9 @@ class Missed:
         if any(is_compiled(m) for b, _ in certain for m in self.runtime.around(b.name)):
             self.runtime.install()  # what is compiled steps aside: from now on they fire
 
+    def _holds(self, module: nn.Module, bound: Bound) -> bool:
+        return any(m is module for m in self.runtime.around(bound.name))
+
     def tell(self, found: Iterable[tuple[Bound, Reason]], where: str = "") -> None:
         """One warning a reason, which names all hooks that it keeps from firing."""
         table: dict[str, list[Bound]] = {}
@@ -102,7 +109,10 @@ class Missed:
     def over(self, bounds: Sequence[Bound]) -> None:
         """Hooks are taken off: tell of those that were missed in some calls, never fired, and were not told of."""
         reasons = Reasons(self.runtime)
-        found = [(b, reasons.of(b)) for b in bounds if b.missed and not _count(b) and b not in self._told]
+        missing = [b for b in bounds if b.enabled and b.module is not None and not _count(b) and b not in self._told]
+        found = [(b, reasons.of(b)) for b in missing if b.missed]
+        if missing and not found and all(b.since == self.runtime.calls for b in missing):
+            found = [(b, not_called()) for b in missing]
         self.tell([(b, r) for b, r in found if not r.quiet])
         self.forget(bounds)
 
@@ -113,12 +123,13 @@ class Missed:
         self.pending = [p for p in self.pending if p[0] not in set(bounds)]
 
 
+def not_called() -> Reason:
+    """As far as hooks can see. Code that was compiled without them is not seen."""
+    return Reason(COMPILED_AROUND) if something_is_compiled() else Reason(NOT_CALLED, quiet=True)
+
+
 def _count(bound: Bound) -> int:
     return bound.reached if bound.is_gradient else bound.fired + bound.told
-
-
-def _holds(module: nn.Module, bound: Bound) -> bool:
-    return any(m is bound.module for m in module.modules())
 
 
 def _mark_cut(bounds: Sequence[Bound], output: Any) -> None:
@@ -140,7 +151,7 @@ def _mark_cut(bounds: Sequence[Bound], output: Any) -> None:
 
 
 class Block:
-    """The hooks of one ``capture`` or ``edit`` block: what they missed is told when it ends, or where it is asked for."""
+    """The hooks of one ``capture`` or ``edit`` block: what they missed is told at its end, or where it is asked for."""
 
     def __init__(self, missed: Missed, bounds: Sequence[Bound]) -> None:
         self._missed = weakref.ref(missed)
@@ -152,6 +163,7 @@ class Block:
         """Nothing of the block will fire any more."""
         missed = self._missed()
         assert missed is not None
+        missed.known.update((b.name, b.side) for b in self._bounds if b.reached)
         lacking = [b for b in self._bounds if self._lacks(missed, b)]
         if not lacking:
             return
@@ -171,7 +183,7 @@ class Block:
 
     def _reason(self, missed: Missed, reasons: Reasons, bound: Bound) -> Reason:
         if missed.runtime.calls == self._calls:
-            return Reason("nothing has called the model since the block began", quiet=True)
+            return not_called()
         called = {i for i, index in missed.calls.items() if index >= self._calls}
         if called and not (bound.met or bound.fired or any(id(m) in called for m in missed.runtime.around(bound.name))):
             return Reason("only other parts of the model were called, by themselves")

@@ -21,7 +21,7 @@ __all__ = ["Reason", "Reasons"]
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """``certain``: the hook would not fire in any such call. ``quiet``: it is as it should be, and no warning's matter."""
+    """``certain``: the hook would fire in no such call. ``quiet``: it is as it should be, and nothing to warn of."""
 
     text: str
     certain: bool = False

@@ -63,7 +63,8 @@ def hook_rows(runtime: Runtime) -> list[HookRow]:
     rows = []
     for b in runtime.bounds:
         groups = () if b.temporary else tuple(sorted(runtime.groups.of(b.hook)))
-        missed = "" if b.fired else b.missed
+        never = "nothing has called the model since" if b.since == runtime.calls else ""
+        missed = "" if b.fired or not b.enabled else b.missed or never
         rows.append(HookRow(b.name, b.hook_type, groups, b.enabled, b.fired, b.edit is not None, b.hook.run, missed))
     return rows
 

@@ -391,7 +391,7 @@ class Runtime:
             self.backward.arm_outputs(call, output)
         call.staged, call.claims = [], {}
         call.drop_inputs()
-        if self.missed.pending and call.place is None:
+        if (self.missed.pending or self.missed.walkers) and call.place is None:
             self.missed.after_call(module, output)
 
     @property

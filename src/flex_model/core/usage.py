@@ -52,6 +52,10 @@ def _name_parents(tree: ast.AST) -> None:
             child.parent = node  # type: ignore[attr-defined]
 
 
+def _above(node: ast.AST) -> ast.AST:
+    return node.parent  # type: ignore[attr-defined,no-any-return]
+
+
 def _plain(function: Any) -> list[FunctionType]:
     """The functions in one: behind decorators, partials, and what a closure that stands in for a forward holds."""
     found: list[FunctionType] = []
@@ -86,18 +90,21 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _functions(module: nn.Module) -> list[FunctionType]:
-    """All code of a module that its forward may run: its own methods, its bases' forwards, what replaced them."""
+    """The code of a module that its forward may run: methods that it names, and what it was put in the place of."""
     kind = type(module)
-    todo = [module.forward, getattr(module, "_old_forward", None), kind.__dict__.get("__call__")]
-    todo += [base.__dict__.get("forward") for base in kind.__mro__]
-    found: list[FunctionType] = []
+    todo, found = [module.forward], list[FunctionType]()
     while todo:
         for function in _plain(todo.pop()):
-            if function in found or function is getattr(nn.Module.forward, "__func__", nn.Module.forward):
+            if function in found or function.__module__ == nn.Module.__module__:
                 continue
             found.append(function)
-            methods = (inspect.getattr_static(kind, n, None) for n in _names(function.__code__))
-            todo += [m for m in methods if isinstance(m, FunctionType) and m.__module__ != nn.Module.__module__]
+            names = _names(function.__code__)
+            todo += [m for n in names if isinstance(m := inspect.getattr_static(kind, n, None), FunctionType)]
+            if "super" in names:
+                todo += [
+                    m for n in names for base in kind.__mro__ if isinstance(m := base.__dict__.get(n), FunctionType)
+                ]
+            todo += [m for n in names if inspect.ismethod(m := module.__dict__.get(n))]  # accelerate's _old_forward
     return found
 
 
@@ -151,7 +158,7 @@ class _Reading:
 
     def mention(self, function: ast.AST, node: ast.AST, rest: list[str]) -> None:
         """``node`` is the child, or a container on the way to it."""
-        above = node.parent  # type: ignore[attr-defined]
+        above = _above(node)
         while rest and isinstance(above, (ast.Attribute, ast.Subscript)) and above.value is node:
             if isinstance(above, ast.Attribute):
                 if above.attr != rest[0]:
@@ -159,9 +166,9 @@ class _Reading:
                 rest.pop(0)
             elif not isinstance(above.slice, ast.Slice):
                 rest.pop(0)
-            node, above = above, above.parent  # type: ignore[attr-defined]
+            node, above = above, _above(above)
         if isinstance(above, ast.Subscript) and above.value is node and isinstance(above.slice, ast.Slice):
-            node, above = above, above.parent  # type: ignore[attr-defined]
+            node, above = above, _above(above)
         if not rest and self.direct(node, above):
             return
         names = list(_bound_names(node, above))
@@ -178,7 +185,7 @@ class _Reading:
             return True
         if not isinstance(above, ast.Attribute):
             return isinstance(above, _LOOKS)
-        name, beyond = above.attr, above.parent  # type: ignore[attr-defined]
+        name, beyond = above.attr, _above(above)
         if name in self.child._parameters or name in self.child._buffers:
             if not (isinstance(beyond, ast.Attribute) and beyond.attr in _ABOUT) and not isinstance(beyond, _LOOKS):
                 use.parameter = use.parameter or name
@@ -199,7 +206,7 @@ class _Reading:
         """Names that hold the child, or one of a container's, are used elsewhere in the function."""
         for node in ast.walk(function):
             if isinstance(node, ast.Name) and node.id in names and isinstance(node.ctx, ast.Load):
-                above = node.parent  # type: ignore[attr-defined]
+                above = _above(node)
                 if not self.direct(node, above) and not isinstance(above, _LOOKS):
                     self.use.passed = True
 
@@ -212,7 +219,7 @@ def _bound_names(node: ast.AST, above: ast.AST) -> Iterator[str]:
             return
         if isinstance(above, ast.Call) and above.func is not node and _name_of(above.func) not in _LOOPERS:
             return
-        node, above = above, above.parent  # type: ignore[attr-defined]
+        node, above = above, _above(above)
     if isinstance(above, (ast.For, ast.comprehension)) and above.iter is node:
         targets: list[ast.expr] = [above.target]
     elif isinstance(above, ast.Assign) and above.value is node:
@@ -236,7 +243,7 @@ def _depends(node: ast.AST) -> bool:
     """Whether what runs ``node`` may be skipped: it is inside of a condition, or comes after a way out."""
     below = node
     while not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-        below, node = node, node.parent  # type: ignore[attr-defined]
+        below, node = node, _above(node)
         if isinstance(node, (ast.If, ast.IfExp, ast.While)) and below is not node.test:
             return True
         if isinstance(node, ast.BoolOp) and below is not node.values[0]:
