@@ -1,4 +1,4 @@
-"""Every error of this library, one class a kind of mistake.
+"""Every error of this library, one class a kind of mistake, and its warning.
 
 Each message is one sentence or two: which site, which rank, what was expected, what was found, what to do.
 """
@@ -15,6 +15,7 @@ __all__ = [
     "LayoutError",
     "MeshError",
     "MismatchError",
+    "MissedHookWarning",
     "NameNotFoundError",
     "PeerError",
     "RegistrationError",
@@ -84,3 +85,7 @@ class DeliveryError(FlexModelError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class MissedHookWarning(UserWarning):
+    """A hook is on and did not fire although it should have; the message says which, and why."""

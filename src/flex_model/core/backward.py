@@ -76,7 +76,7 @@ class Backward:
         self._task = in_backward()
         self.begin()
         queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._finish))
+        queue(lambda: queue(self._end))
 
     def begin(self) -> None:
         """Note what was accumulated before, where gradients are met when the backward is done."""
@@ -100,6 +100,7 @@ class Backward:
             return None
         call = self.runtime.call_now()
         self.arm(call)
+        bound.reached += 1
         if site.refusal:
             error = LayoutError(f"{bound.where}: the full gradient is unknown: {site.refusal}.")
             self.runtime.outbox.refuse(bound, bound.key_of(0, False), error)
@@ -118,6 +119,7 @@ class Backward:
         if full is None:
             return None
         bound.fired += 1
+        bound.reached += 1
         whole = Layout(tuple(Replicate() for _ in runtime.mesh.axes), "the engine's own gathering", tuple(full.shape))
         chosen = full if bound.selection is None else bound.selection.take(full)
         selected = bound.selection is not None
@@ -142,6 +144,10 @@ class Backward:
             self.runtime.outbox.claims.setdefault(form, claim)
         self.claims, self.edited = {}, False
         return staged
+
+    def _end(self) -> None:
+        self._finish()
+        self.runtime.missed.after_backward()
 
     def _finish(self) -> None:
         """The outermost backward is over on every rank."""

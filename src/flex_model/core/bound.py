@@ -13,7 +13,9 @@ from flex_model.routing.delivery import Deliver
 from flex_model.routing.rows import RowSource
 from flex_model.routing.selection import Selection
 
-__all__ = ["Bound", "Sink"]
+__all__ = ["WATCHED", "Bound", "Sink"]
+
+WATCHED = "watched"
 
 
 class Sink(Protocol):
@@ -50,6 +52,10 @@ class Bound:
     fired: int = 0
     tried: set[int] = field(default_factory=set)  # indices at which check mode has tried the edit
     told: bool = False  # that there is nothing to hook in the value
+    since: int = 0  # the number of calls before it was registered
+    met: str = ""  # of its gradient: WATCHED for, or why not; empty where its value was not met
+    reached: int = 0  # gradients met, also refused ones
+    missed: str = ""  # why it did not fire although it should have
     handles: list[Callable[[], None]] = field(default_factory=list)
 
     @property

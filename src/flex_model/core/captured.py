@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from flex_model.core.globs import Pattern, glob_to_regex
 from flex_model.core.hook_function import Site
+from flex_model.core.missed import Block
 from flex_model.errors import DeliveryError, NameNotFoundError
 from flex_model.routing.assembly import Parts
 from flex_model.routing.rows import Rows
@@ -54,6 +55,7 @@ class Captured(Mapping[str | Site, Value]):
         self._empty: dict[str | Site, str] = {}  # what a module gave instead of tensors
         self._values, self._grads = _Calls(), _Calls()
         self._elsewhere = elsewhere
+        self.block: Block | None = None  # what knows why something is missing
         self.refused: dict[str | Site, Exception] = {}
 
     def _held(self, key: str | Site) -> str | Site:
@@ -76,11 +78,14 @@ class Captured(Mapping[str | Site, Value]):
             raise NameNotFoundError(f"{key!r} was not asked for in this capture; it has {names}.")
         if key in self._empty:
             raise DeliveryError(f"{key!r} fired, but there is no {what} to capture: {self._empty[key]}.")
+        missed = "" if self.block is None else self.block.explain(key, what == "gradient")
+        if missed:
+            raise DeliveryError(f"the {what} of {key!r} has not arrived: {missed}.")
         if self._elsewhere:
             raise DeliveryError(f"the {what} of {key!r} is not here: {self._elsewhere}")
         raise DeliveryError(
-            f"the {what} of {key!r} has not arrived: the module did not run, or the block has not reached the point "
-            f"where values are delivered (the end of the forward or backward, fm.flush(), or the end of the block)."
+            f"the {what} of {key!r} has not arrived: the block has not reached the point where values are delivered "
+            f"(the end of the forward or backward, fm.flush(), or the end of the block)."
         )
 
     def calls(self, key: str | Site) -> list[Value]:

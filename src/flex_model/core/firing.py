@@ -94,9 +94,12 @@ class Point:
                 out = watch_gradient(runtime, watchers, index, now[index], call, occurrence, self.side)
                 if out is not None:
                     new[index] = out
-        elif gradients and call.checkpointed and runtime.mesh.axes:  # they are watched in the recomputation
-            for index, watchers in _watched(gradients, leaves).items():
-                self._claim(watchers[0][0], index, now[index], call, occurrence)
+        elif gradients:
+            for bound in gradients:
+                bound.met = "it ran with gradients turned off"
+            if call.checkpointed and runtime.mesh.axes:  # they are watched in the recomputation
+                for index, watchers in _watched(gradients, leaves).items():
+                    self._claim(watchers[0][0], index, now[index], call, occurrence)
         if alone:
             runtime.leave(module, None)
         return {i: t.flatten(0, 1) for i, t in new.items()} if self.apart else new
@@ -111,6 +114,8 @@ def _watched(gradients: Sequence[Bound], leaves: list[Leaf]) -> dict[int, list[t
     table: dict[int, list[tuple[Bound, bool]]] = {}
     for bound in gradients:
         chosen = resolve_index(leaves, bound.hook.unpack_idx)
+        if not chosen:
+            bound.met = f"its {bound.side}put has {len(leaves)} tensors, none at {bound.hook.unpack_idx!r}"
         for leaf in chosen:
             table.setdefault(leaf.index, []).append((bound, len(chosen) > 1))
     return table
@@ -120,11 +125,11 @@ def _tell_nothing(bound: Bound, value: Any, leaves: Sequence[Leaf]) -> None:
     """The value has no tensor where the hook looks for one: said where it is asked for, or else once as a warning."""
     kind = "(args, kwargs)" if bound.side == "in" else type(value).__name__
     reason = f"its {bound.side}put is {kind} with {len(leaves)} tensors, none at unpack_idx={bound.hook.unpack_idx!r}"
-    told = getattr(bound.sink, "empty", None)
+    told, before = getattr(bound.sink, "empty", None), bound.told
+    bound.told = True
     if told is not None:
         told(bound.key, reason)
-    elif not bound.told:
-        bound.told = True
+    elif not before:
         warnings.warn(f"the hook on {bound.where} has nothing to do: {reason}.", stacklevel=2)
 
 

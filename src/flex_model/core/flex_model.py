@@ -20,6 +20,7 @@ from flex_model.core.captured import Captured
 from flex_model.core.globs import Pattern
 from flex_model.core.groups import ALL
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType
+from flex_model.core.missed import Block
 from flex_model.core.register import bind, capture_bounds
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
 from flex_model.core.runtime import Runtime
@@ -112,10 +113,7 @@ class FlexModel(nn.Module):
         before, runtime.direct = runtime.direct, any(b.enabled for b in runtime.bounds)
         runtime.last_inputs = (args, kwargs) if runtime.whole.axes else ((), {})
         try:
-            if not runtime.direct or not runtime.names.compiled:
-                return self.module(*args, **kwargs)
-            with runtime.uncompiled():
-                return self.module(*args, **kwargs)
+            return self.module(*args, **kwargs)
         finally:
             runtime.direct = before
             if runtime.active is not None and not runtime.quiet:  # torch runs no hook after KeyboardInterrupt
@@ -202,6 +200,7 @@ class FlexModel(nn.Module):
     def _remove(self, bound: Bound) -> None:
         runtime = self._runtime
         if bound in runtime.bounds:
+            runtime.missed.over([bound])
             runtime.bounds.remove(bound)
             runtime.groups.drop(bound.hook)
             if bound.sink is not None:
@@ -291,12 +290,14 @@ class FlexModel(nn.Module):
         bounds, acts = capture_bounds(
             runtime, patterns, hook_type, unpack_idx, select=select, deliver=deliver, grad=grad, detach=detach
         )
+        block = acts.block = Block(runtime.missed, bounds)
         runtime.bounds += bounds
         runtime.install()
         try:
             with runtime.watch.telling():
                 yield acts
                 runtime.outbox.flush()
+            block.end()
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
             runtime.outbox.discard(bounds)
@@ -326,11 +327,13 @@ class FlexModel(nn.Module):
             hook = HookFunction(name, editing_function=editing_function, **keywords)
             sink = self._sink if hook.capture else None
             bounds.append(bind(runtime, hook, hook_type, key, sink, self._deliver, temporary=True))
+        block = Block(runtime.missed, bounds)
         runtime.bounds += bounds
         runtime.install()
         try:
             with runtime.watch.telling():
                 yield [b.hook for b in bounds]
+            block.end()
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
             runtime.install()
@@ -450,6 +453,7 @@ class FlexModel(nn.Module):
     def restore(self) -> nn.Module:
         """Take every hook off and return the wrapped module as it was given."""
         runtime = self._runtime
+        runtime.missed.over(runtime.bounds)
         for bound in runtime.bounds:
             runtime.groups.drop(bound.hook)
         runtime.bounds.clear()

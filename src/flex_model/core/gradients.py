@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.core.bound import Bound, check_expected
+from flex_model.core.bound import WATCHED, Bound, check_expected
 from flex_model.core.call import ActiveCall, Staged
 from flex_model.core.editing import run_edit
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form, Spot, placements_on
 from flex_model.core.local import like, plain
+from flex_model.core.missed import mark_watched
 from flex_model.core.ragged import gathered, parted, refusal, whole_experts
 from flex_model.errors import LayoutError, ShapeError
 from flex_model.layout.claim import Claim
@@ -95,9 +96,11 @@ def watch_gradient(
 ) -> Tensor | None:
     """An alias of ``value`` whose gradient is met: that of this module alone, whoever else uses the value."""
     if not value.is_floating_point():
+        _unwatched(watchers, f"it is {value.dtype}, which has no gradient")
         return None
     if not value.requires_grad:
         if not any(b.gradient_sink is not None for b, _ in watchers):
+            _unwatched(watchers, "its value does not require a gradient: all that it was made from is frozen")
             return None
         value = value.detach().requires_grad_().clone()
     bound = watchers[0][0]
@@ -106,7 +109,16 @@ def watch_gradient(
     claim_layout(runtime, bound, form, value, call, occurrence, rows, now=False)
     alias: Tensor = _Alias.apply(value)
     alias.register_hook(partial(on_gradient, runtime, watchers, index, form, call, rows))
+    for bound, _ in watchers:
+        bound.met = WATCHED
+    if runtime.missed.walkers:
+        mark_watched(watchers, alias)
     return alias
+
+
+def _unwatched(watchers: list[tuple[Bound, bool]], reason: str) -> None:
+    for bound, _ in watchers:
+        bound.met = reason
 
 
 def on_gradient(
@@ -133,6 +145,8 @@ def _on_gradient(
     grad: Tensor,
 ) -> Tensor | None:
     runtime.backward.arm(call)
+    for bound, _ in watchers:
+        bound.reached += 1
     forward = runtime.inference.lookup(form) or runtime.inference.known.get(form)
     if forward is None or isinstance(forward, LayoutError):
         for bound, several in watchers:

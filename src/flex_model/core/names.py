@@ -85,6 +85,7 @@ class Names:
         renamed: Mapping[str, str] | None = None,
     ) -> None:
         self.modules: dict[str, nn.Module] = {}
+        self.wrappers: dict[str, list[nn.Module]] = {}  # around the module of a clean name
         self.parameters: dict[str, tuple[nn.Module, str]] = {}  # clean name -> (owner, attribute)
         self.places: dict[str, dict[int, nn.Module]] = {}  # clean name -> this rank's modules of that name by stage
         self.stages = StageNames()
@@ -119,6 +120,7 @@ class Names:
         inner = _wrapped_child(module)
         if inner is not None and (child := module._modules[inner]) is not None:
             kept = "" if inner in _ABSENT_FROM_STATE or wrapped(module) else inner
+            self.wrappers.setdefault(clean, []).append(module)
             self._walk(child, clean, _join(raw, inner), _join(state, kept), plain, stage)
             if wrapped_model(module) is None:  # PEFT's may hold more, such as a prompt's encoder
                 return
@@ -232,6 +234,20 @@ class Names:
         if side == "param":
             return self.parameters[name][0] if name in self._parameters_on.get(table.stage, ()) else None
         return self.places.get(name, {}).get(table.stage)
+
+    def around(self, name: str) -> Iterator[nn.Module]:
+        """The modules that hold the one of this name, its wrappers and itself, as they are now: from outside."""
+        parts, parent = name.split(".") if name else [], None
+        for depth in range(len(parts) + 1):
+            here = ".".join(parts[:depth])
+            module = self.modules.get(here)
+            now = None if parent is None else parent._modules.get(parts[depth - 1])
+            if now is not None and _wrapped_child(now) is not None:
+                yield now
+            yield from self.wrappers.get(here, ())
+            if module is not None:
+                yield module
+            parent = module
 
     def class_of(self, name: str) -> str:
         """The class of a module, wherever it is."""

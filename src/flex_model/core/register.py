@@ -71,6 +71,7 @@ def bind(
         axes=axes,
         source=None if hook_type == "tensor" else runtime.engines.row_source(module),
         temporary=temporary,
+        since=runtime.calls,
     )
 
 

@@ -18,7 +18,7 @@ __all__ = ["HookRow", "PlanRow", "SiteRow", "hook_rows", "plan_rows", "site_rows
 
 @dataclass(frozen=True, slots=True)
 class HookRow:
-    """One hook: ``fired`` counts values met, recomputations excluded."""
+    """One hook: ``fired`` counts values met, recomputations excluded; ``missed`` says why it never did."""
 
     name: str
     hook_type: str
@@ -27,6 +27,7 @@ class HookRow:
     fired: int
     edits: bool
     run: str
+    missed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,9 @@ def hook_rows(runtime: Runtime) -> list[HookRow]:
     rows = []
     for b in runtime.bounds:
         groups = () if b.temporary else tuple(sorted(runtime.groups.of(b.hook)))
-        rows.append(HookRow(b.name, b.hook_type, groups, b.enabled, b.fired, b.edit is not None, b.hook.run))
+        never = "nothing has called the model since" if b.since == runtime.calls else ""
+        missed = "" if b.fired or not b.enabled else b.missed or never
+        rows.append(HookRow(b.name, b.hook_type, groups, b.enabled, b.fired, b.edit is not None, b.hook.run, missed))
     return rows
 
 

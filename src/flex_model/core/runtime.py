@@ -26,10 +26,12 @@ from flex_model.core import fast
 from flex_model.core.backward import Backward
 from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged, in_backward, runs_already
+from flex_model.core.compiled import Compiled
 from flex_model.core.editing import EditContext
 from flex_model.core.firing import Point
 from flex_model.core.groups import Groups
 from flex_model.core.inference import Inference
+from flex_model.core.missed import Missed
 from flex_model.core.names import Names
 from flex_model.core.outbox import Outbox
 from flex_model.core.ragged import merge
@@ -90,6 +92,9 @@ class Runtime:
         self.outbox = Outbox(self)
         self.backward = Backward(self)
         self.steps = Steps(self)
+        self.missed = Missed(self)
+        self._compiled = Compiled()
+        self._outside: Callable[..., Any] = _as_it_is  # the compiler would trace hooks
         self._handles: list[Any] = []
         self._entry_handles: list[Any] = []
         self._parameter_handles: list[Any] = []
@@ -231,6 +236,7 @@ class Runtime:
                 handle.remove()
             handles.clear()
         self.enabled = self._shown = ()
+        self._compiled.step_back()
 
     def install(self) -> None:
         """Put the enabled hooks on the model, and nothing where none is enabled."""
@@ -238,10 +244,13 @@ class Runtime:
         self.hooks_mark = ""
         self.enabled = tuple(b for b in self.bounds if b.enabled)
         entries = self._entries(self.enabled) if self.enabled and self.active is None else []
-        outside = self._outside
+        around = {id(m): m for name in {b.name for b in self.enabled} for m in self.around(name)}
+        traced = self._compiled.step_aside(around.values())
+        outside = self._outside = torch.compiler.disable if traced or self.names.compiled else _as_it_is
         for module in entries:
             enter = outside(self.enter)
             self._entry_handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        self.missed.arm([b for b in self.enabled if b.module is not None])
         self._wanted = self._values_wanted(gradients=False), self._values_wanted(gradients=True)
         self._install_parameters()
         self._install_watches()
@@ -249,10 +258,6 @@ class Runtime:
         for module in entries:
             self._entry_handles.append(module.register_forward_hook(outside(self._left)))
             self._entry_handles.append(module.register_forward_hook(outside(self._failed), always_call=True))
-
-    @property
-    def _outside(self) -> Callable[..., Any]:
-        return torch.compiler.disable if self.names.compiled else _as_it_is  # the compiler would trace hooks
 
     def _values_wanted(self, *, gradients: bool) -> dict[tuple[str, str, str], nn.Module]:
         return {
@@ -282,6 +287,11 @@ class Runtime:
                 by_place.setdefault((id(bound.module), bound.side), []).append(bound)
         for (_, side), here in by_place.items():
             self._install_point(side, here, self._outside)
+
+    def around(self, name: str) -> Iterator[nn.Module]:
+        """All modules that hold the one of a clean name, the wrapper included."""
+        yield self.outermost
+        yield from self.names.around(name)
 
     def _entries(self, enabled: Sequence[Bound]) -> list[nn.Module]:
         """Modules whose call may be the outermost: the model, and the parts one or two levels down that hold hooks."""
@@ -352,6 +362,7 @@ class Runtime:
         grad_mode = torch.is_grad_enabled()
         self.active = ActiveCall(module, index, args, kwargs, grad_mode, self.steps.place, bounds=self.enabled)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
+        self.missed.calls[id(module)] = self.calls
         self.calls += step is None
         if step is not None and self.mesh.axes:
             self.last_inputs = (args, kwargs)
@@ -445,6 +456,8 @@ class Runtime:
             self.backward.arm_outputs(call, output)
         call.staged, call.claims = [], {}
         call.drop_inputs()
+        if (self.missed.pending or self.missed.walkers) and call.place is None:
+            self.missed.after_call(module, output)
 
     @property
     def lockstep(self) -> bool:

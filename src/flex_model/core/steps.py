@@ -179,6 +179,9 @@ class Steps:
             inside = any(m is runtime.modules for part in runtime.engines.parts.values() for m in part.modules())
             runtime.modules.complete(runtime.whole, runtime.mesh, 1 if inside else step.divide, step.before)
         runtime.outbox.point(edited=True)
+        runtime.missed.after_call(None)
+        if backward:
+            runtime.missed.after_backward()
 
     def _abandon(self, error: BaseException) -> None:
         step, runtime = self.now, self.runtime
