@@ -113,6 +113,8 @@ class FlexModel(nn.Module):
         before, runtime.direct = runtime.direct, any(b.enabled for b in runtime.bounds)
         runtime.last_inputs = (args, kwargs) if runtime.whole.axes else ((), {})
         try:
+            if runtime.direct:
+                runtime.compiled_late()
             return self.module(*args, **kwargs)
         finally:
             runtime.direct = before

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from flex_model.core.bound import WATCHED, Bound
-from flex_model.core.compiled import is_compiled, something_is_compiled
-from flex_model.core.reasons import Reason, Reasons
+from flex_model.core.compiled import frames_compiled, is_compiled, something_is_compiled
+from flex_model.core.reasons import COMPILED, Reason, Reasons
 from flex_model.errors import MissedHookWarning
 from flex_model.trees import tensors
 
@@ -51,7 +51,18 @@ class Missed:
         self._tries: dict[Bound, int] = {}  # calls without a firing
         self._told: set[Bound] = set()
         self.walkers: list[Bound] = []  # whose values the next call's graph is searched for
+        self._frames, self._before = frames_compiled(), list[Pending]()  # as the call began
         self.known: set[tuple[str, str]] = set()  # sites whose gradients have been met
+
+    @property
+    def looks(self) -> bool:
+        """Whether something is to be looked at when this call is over."""
+        return bool(self.pending or self.walkers) or self._frames != frames_compiled()
+
+    def before_call(self) -> None:
+        """The compiler is there: should it meet the model in this call, hooks that have fired before may be missed."""
+        self._frames = frames_compiled()
+        self._before = [(b, b.fired) for b in self.runtime.bounds if b.enabled and b.fired]
 
     # -- registered hooks --------------------------------------------------------------------------------------
     def arm(self, enabled: Sequence[Bound]) -> None:
@@ -66,9 +77,17 @@ class Missed:
         if self.walkers and torch.is_grad_enabled() and module is not None:
             _mark_cut(self.walkers, output)
             self.walkers = []
+        new = self._frames != frames_compiled() and any(map(is_compiled, self.runtime.outermost.modules()))
+        if new:  # what is compiled steps aside, so that they fire from now on
+            self._frames = frames_compiled()
+            lost = [b for b, n in self._before if b.fired == n and not b.is_gradient]
+            self.tell([(b, COMPILED) for b in lost])
+            self._told.difference_update(lost)
         pending = [p for p in self.pending if _count(p[0]) == p[1]]
         now = [b for b, _ in pending if not b.is_gradient and (module is None or self._holds(module, b))]
         self._look(now, pending)
+        if new:
+            self.runtime.install()
 
     def after_backward(self) -> None:
         """A backward is over: which gradients were missed in it?"""
@@ -86,11 +105,8 @@ class Missed:
         for bound, reason in found:
             bound.missed = reason.text
             self._tries[bound] = self._tries.get(bound, 0) + 1
-        certain = [(b, r) for b, r in found if r.certain]
-        self.tell(certain)
+        self.tell([(b, r) for b, r in found if r.certain])
         self.pending = [p for p in pending if p[0] not in self._told and self._tries.get(p[0], 0) < PATIENCE]
-        if any(is_compiled(m) for b, _ in certain for m in self.runtime.around(b.name)):
-            self.runtime.install()  # what is compiled steps aside: from now on they fire
 
     def _holds(self, module: nn.Module, bound: Bound) -> bool:
         return any(m is module for m in self.runtime.around(bound.name))

@@ -16,7 +16,7 @@ from flex_model.core.usage import Use, module_forward, use_of
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["Reason", "Reasons"]
+__all__ = ["COMPILED", "Reason", "Reasons"]
 
 
 @dataclass(frozen=True, slots=True)

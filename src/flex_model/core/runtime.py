@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -94,7 +94,7 @@ class Runtime:
         self.steps = Steps(self)
         self.missed = Missed(self)
         self._compiled = Compiled()
-        self._outside: Callable[..., Any] = _as_it_is  # the compiler would trace hooks
+        self._around: list[nn.Module] = []  # the modules that hold hooked ones
         self._handles: list[Any] = []
         self._entry_handles: list[Any] = []
         self._parameter_handles: list[Any] = []
@@ -244,9 +244,8 @@ class Runtime:
         self.hooks_mark = ""
         self.enabled = tuple(b for b in self.bounds if b.enabled)
         entries = self._entries(self.enabled) if self.enabled and self.active is None else []
-        around = {id(m): m for name in {b.name for b in self.enabled} for m in self.around(name)}
-        traced = self._compiled.step_aside(around.values())
-        outside = self._outside = torch.compiler.disable if traced or self.names.compiled else _as_it_is
+        self._step_aside(self.enabled)
+        outside: Callable[..., Any] = torch.compiler.disable if "torch._dynamo" in sys.modules else _as_it_is
         for module in entries:
             enter = outside(self.enter)
             self._entry_handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
@@ -272,6 +271,7 @@ class Runtime:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            self._step_aside(bounds)
             self._install_points(bounds)
 
     def show_again(self) -> None:
@@ -286,7 +286,17 @@ class Runtime:
             if bound.side != "param" and bound.module is not None:
                 by_place.setdefault((id(bound.module), bound.side), []).append(bound)
         for (_, side), here in by_place.items():
-            self._install_point(side, here, self._outside)
+            self._install_point(side, here)
+
+    def _step_aside(self, enabled: Iterable[Bound]) -> None:
+        around = {id(m): m for name in {b.name for b in enabled} for m in self.around(name)}
+        self._around = list(around.values())
+        self._compiled.step_aside(self._around)
+
+    def compiled_late(self) -> None:
+        """What was compiled since hooks were put on steps aside now, if it can be seen without a call."""
+        if any(m._compiled_call_impl is not None for m in self._around):
+            self._compiled.step_aside(self._around)
 
     def around(self, name: str) -> Iterator[nn.Module]:
         """All modules that hold the one of a clean name, the wrapper included."""
@@ -305,15 +315,15 @@ class Runtime:
                     found[name] = module
         return list(found.values())
 
-    def _install_point(self, side: str, bounds: list[Bound], outside: Callable[..., Any]) -> None:
+    def _install_point(self, side: str, bounds: list[Bound]) -> None:
         module = bounds[0].module
         assert module is not None
         point = Point(self, bounds[0].name, side, bounds)
         if side == "in":
-            self._handles.append(module.register_forward_pre_hook(outside(point.on_input), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(point.on_input, with_kwargs=True))
         else:
             hook = fast.output_hook(self, point, bounds) or point.on_output
-            self._handles.append(module.register_forward_hook(outside(hook)))
+            self._handles.append(module.register_forward_hook(hook))
 
     def _install_parameters(self) -> None:
         for handle in self._parameter_handles:
@@ -363,6 +373,9 @@ class Runtime:
         self.active = ActiveCall(module, index, args, kwargs, grad_mode, self.steps.place, bounds=self.enabled)
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
         self.missed.calls[id(module)] = self.calls
+        if "torch._dynamo" in sys.modules:
+            self.compiled_late()
+            self.missed.before_call()
         self.calls += step is None
         if step is not None and self.mesh.axes:
             self.last_inputs = (args, kwargs)
@@ -456,7 +469,7 @@ class Runtime:
             self.backward.arm_outputs(call, output)
         call.staged, call.claims = [], {}
         call.drop_inputs()
-        if (self.missed.pending or self.missed.walkers) and call.place is None:
+        if call.place is None and self.missed.looks:
             self.missed.after_call(module, output)
 
     @property

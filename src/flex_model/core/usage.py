@@ -72,9 +72,8 @@ def _plain(function: Any) -> list[FunctionType]:
             found.append(f)
             cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
             todo += [c for c in cells if inspect.isroutine(c) or isinstance(c, functools.partial)]
-        inner = getattr(f, "__wrapped__", None)
-        if inner is not None:
-            todo.append(inner)
+        inner = (getattr(f, "__wrapped__", None), getattr(f, "_torchdynamo_orig_callable", None))
+        todo += [x for x in inner if x is not None]
     return found
 
 
