@@ -62,7 +62,7 @@ class Missed:
     def before_call(self) -> None:
         """The compiler is there: should it meet the model in this call, hooks that have fired before may be missed."""
         self._frames = frames_compiled()
-        self._before = [(b, b.fired) for b in self.runtime.bounds if b.enabled and b.fired]
+        self._before = [(b, b.fired) for b in self.runtime.enabled if b.fired]
 
     # -- registered hooks --------------------------------------------------------------------------------------
     def arm(self, enabled: Sequence[Bound]) -> None:
