@@ -206,6 +206,8 @@ def hooks(draw: st.DrawFn, scene: Scene, rounds: int) -> Hook:
         edit = draw(_edits([(s, f) for _, s, f in found], select, kind))
     if edit:
         run = draw(st.sampled_from(["every_rank", "every_rank", "one_rank", "sharded"]))
+        if run == "sharded" and edit == "random" and draw(st.integers(0, 3)):
+            run = "one_rank"  # refused, which need not be seen so often
         if run == "sharded" and (edit in fuzz_edits.IN_PLACE or select is not None):  # torch cannot put parts back
             run = "every_rank"
         if run == "one_rank" and edit in ("saves", "uses saved"):
@@ -213,8 +215,11 @@ def hooks(draw: st.DrawFn, scene: Scene, rounds: int) -> Hook:
         if run != "one_rank" and select is None and edit in fuzz_edits.EVERYWHERE and draw(st.booleans()):
             axes = tuple(draw(st.lists(st.sampled_from(AXES[scene.engine]), max_size=1)))
     grad = via == "capture" and kind in ("forward", "forward_pre") and draw(st.booleans())
+    deliver = draw(_deliver(via))
+    if deliver == "local" and select is not None and draw(st.integers(0, 3)):
+        deliver = "all"  # nor this
     return Hook(name=place.name, kind=kind, via=via, idx=idx, select=select, edit=edit, run=run, axes=axes,
-                deliver=draw(_deliver(via)), grad=grad, groups=groups, rounds=span)  # fmt: skip
+                deliver=deliver, grad=grad, groups=groups, rounds=span)  # fmt: skip
 
 
 def _deliver(via: str) -> st.SearchStrategy[str]:
