@@ -74,6 +74,7 @@ def scenes(draw: st.DrawFn, engines: tuple[str, ...]) -> Scene:
     if engine.startswith("ddp") and recompute == "reentrant":
         repeat = 1  # its reducer takes one recomputation of a parameter's module
     uneven = engine in ("solo", "ddp", "fsdp2", "tp_dtensors")
+    rough = {"signs", "mask"}.isdisjoint(fuzz_models.kinds(("tuple", value, *([named] if named else []))))
     return Scene(
         engine=engine,
         width=draw(st.sampled_from([4, 8, 3])),  # of two elements a LayerNorm makes 1 and -1
@@ -86,7 +87,7 @@ def scenes(draw: st.DrawFn, engines: tuple[str, ...]) -> Scene:
         output=None if sequence or draw(st.booleans()) else specs(draw, kinds, main=False),
         floats=not sequence and draw(st.booleans()),
         recompute=recompute,
-        dtype=draw(st.sampled_from(["float64", "float64", "float32"])),
+        dtype=draw(st.sampled_from(["float64", "float64", "float32", "bfloat16" if rough else "float64"])),
         batches=tuple(draw(st.lists(st.integers(1, 3), min_size=(n := DATA.get(engine, 1)), max_size=n))),
         length=draw(st.sampled_from([2, 4, 6] if sequence else [1, 2, 3, 4, 5])),
         shift=not sequence and draw(st.booleans()),
@@ -179,7 +180,8 @@ def _named(place: Place, idx: Any) -> list[tuple[str, tuple[int, ...], bool]]:
 
 
 @st.composite
-def hooks(draw: st.DrawFn, scene: Scene, rounds: int) -> Hook:
+def hooks(draw: st.DrawFn, scene: Scene, rounds: int, near: tuple[str, str]) -> Hook:
+    """A hook anywhere, often where another one is (``near``: its name and side)."""
     sides, parameters = places(scene)
     via = draw(st.sampled_from(["capture", "edit", "register"]))
     first = draw(st.integers(0, rounds - 1))
@@ -191,7 +193,8 @@ def hooks(draw: st.DrawFn, scene: Scene, rounds: int) -> Hook:
         select = draw(st.none() | st.none() | selects(shape)) if draw(st.booleans()) else None
         edit = draw(_edits([(shape, True)], select, "tensor")) if via != "capture" else ""
         return Hook(name, "tensor", via, 0, select, edit, deliver=draw(_deliver(via)), groups=groups, rounds=span)
-    place = draw(st.sampled_from(sides))
+    there = [p for p in sides if (p.name, p.side) == near]
+    place = there[0] if there and draw(st.booleans()) else draw(st.sampled_from(sides))
     idx = draw(indices(place))
     found = _named(place, idx)
     forward, backward = ("forward", "full_backward_pre") if place.side == "out" else ("forward_pre", "full_backward")
@@ -206,6 +209,8 @@ def hooks(draw: st.DrawFn, scene: Scene, rounds: int) -> Hook:
         edit = draw(_edits([(s, f) for _, s, f in found], select, kind))
     if edit:
         run = draw(st.sampled_from(["every_rank", "every_rank", "one_rank", "sharded"]))
+        if run == "sharded" and edit == "random" and draw(st.integers(0, 3)):
+            run = "one_rank"  # refused, which need not be seen so often
         if run == "sharded" and (edit in fuzz_edits.IN_PLACE or select is not None):  # torch cannot put parts back
             run = "every_rank"
         if run == "one_rank" and edit in ("saves", "uses saved"):
@@ -213,8 +218,15 @@ def hooks(draw: st.DrawFn, scene: Scene, rounds: int) -> Hook:
         if run != "one_rank" and select is None and edit in fuzz_edits.EVERYWHERE and draw(st.booleans()):
             axes = tuple(draw(st.lists(st.sampled_from(AXES[scene.engine]), max_size=1)))
     grad = via == "capture" and kind in ("forward", "forward_pre") and draw(st.booleans())
+    deliver = draw(_deliver(via))
+    if deliver == "local" and select is not None and draw(st.integers(0, 3)):
+        deliver = "all"  # nor this
+    floats = len(found) == 1 and found[0][2]
+    attached = via == "capture" and kind in ("forward", "forward_pre") and floats and not scene.recompute
+    attached = attached and draw(st.integers(0, 4)) == 0
     return Hook(name=place.name, kind=kind, via=via, idx=idx, select=select, edit=edit, run=run, axes=axes,
-                deliver=draw(_deliver(via)), grad=grad, groups=groups, rounds=span)  # fmt: skip
+                deliver="all" if attached else deliver, grad=grad and not attached, groups=groups, rounds=span,
+                attached=attached)  # fmt: skip
 
 
 def _deliver(via: str) -> st.SearchStrategy[str]:
@@ -250,10 +262,15 @@ def rounds(draw: st.DrawFn, scene: Scene) -> Round:
 def cases(draw: st.DrawFn, engines: tuple[str, ...]) -> Case:
     scene = draw(scenes(engines))
     several = tuple(draw(st.lists(rounds(scene), min_size=1, max_size=3)))
-    placed = tuple(draw(st.lists(hooks(scene, len(several)), min_size=1, max_size=4)))
-    case = Case(scene, placed, several, draw(st.sampled_from(["all", "main", "local"])), draw(st.booleans()))
+    placed: list[Hook] = []
+    for _ in range(draw(st.integers(1, 4))):
+        placed.append(draw(hooks(scene, len(several), (placed[-1].name, placed[-1].side) if placed else ("", ""))))
+    case = Case(scene, tuple(placed), several, draw(st.sampled_from(["all", "main", "local"])), draw(st.booleans()))
     case = replace(case, rounds=tuple(draw(_with_groups(case, i)) for i in range(len(several))))
     parameters = [h for h in case.hooks if h.kind == "tensor"]
+    if scene.recompute == "reentrant" and (scene.repeat > 1 or any(r.backward == "together" for r in case.rounds)):
+        # every use of a parameter has a backward, and a gradient, of its own there: with torch's hooks, too
+        case = replace(case, hooks=tuple(h for h in case.hooks if h.kind != "tensor") or (Hook("norm"),))
     if scene.engine.startswith("ddp") and scene.recompute == "reentrant":
         once = {"together": "each"}
         case = replace(case, rounds=tuple(replace(r, backward=once.get(r.backward, r.backward)) for r in case.rounds))

@@ -15,7 +15,7 @@ import fuzz_models
 import parity
 import torch
 import torch.distributed as dist
-from fuzz_case import Case, Hook, Oracle, Round, backwards, trainables, zero
+from fuzz_case import Case, Hook, Oracle, Round, backwards, beside, trainables, zero
 from fuzz_models import Scene
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,7 +26,11 @@ from flex_model.errors import DeliveryError, FlexModelError
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts
 
-TOLERANCE = {"float64": (1e-8, 1e-12), "float32": (1e-4, 1e-5)}  # of the largest element; absolute
+TOLERANCE = {
+    "float64": (1e-8, 1e-12),
+    "float32": (1e-4, 1e-5),
+    "bfloat16": (0.1, 0.05),
+}  # of the largest element; absolute
 _placed: dict[Scene, engines.Placed] = {}
 
 
@@ -116,6 +120,8 @@ class Run:
         self.outputs: list[Any] = []
         self.leaves: list[list[Tensor]] = []  # of the inputs of a round
         self.acts: dict[int, list[Any]] = {}
+        self.used: dict[int, int] = {}  # how many values of an attached capture are in a loss
+        self.number = 0
 
     def all(self) -> None:
         if self.case.bitwise and self.case.only_reads:
@@ -154,7 +160,20 @@ class Run:
         self.outputs.append(
             fuzz_models.replaced(output, [engines.whole(t).detach().clone() for _, t in fuzz_models.leaves(output)])
         )
-        return engines.whole(fuzz_models.loss(output)) if now.backward else torch.zeros(())
+        if not now.backward:
+            return torch.zeros(())
+        return engines.whole(fuzz_models.loss(output)) + beside(self._attached())
+
+    def _attached(self) -> list[Tensor]:
+        """What captures have handed out with its graph in this forward."""
+        found = []
+        for i, blocks in self.acts.items():
+            hook, acts = self.case.hooks[i], blocks[-1]
+            if hook.attached and hook.rounds[0] <= self.number <= hook.rounds[1]:
+                calls = acts.calls(hook.name)
+                found += calls[self.used.get(id(acts), 0) :]
+                self.used[id(acts)] = len(calls)
+        return found
 
     # -- with hooks --------------------------------------------------------------------------------------------
     def _hooked(self) -> None:
@@ -168,6 +187,7 @@ class Run:
             fm.register_trainable_module(name, module)
         handles: dict[int, Any] = {}
         for number, now in enumerate(case.rounds):
+            self.number = number
             for i in [i for i in handles if case.hooks[i].rounds[1] < number]:
                 handles.pop(i).remove()
             for i, hook in case.at(number):
@@ -231,6 +251,7 @@ class Run:
             select=fuzz_edits.selection(hook.select),
             deliver=hook.deliver,  # type: ignore[arg-type]
             grad=hook.grad,
+            detach=not hook.attached,
         )
 
     # -- comparing ---------------------------------------------------------------------------------------------

@@ -90,6 +90,13 @@ RIGHT = {
     "gradients after calls without, on shards": Case(
         TP, (Hook("layers.0.mlp.up", "full_backward_pre", "register"),), (EVAL, TRAIN)
     ),
+    "a recomputation that ends within an edit": Case(
+        Scene(engine="ddp", batches=(1, 1), recompute="plain"), (Hook("layers.0.mlp.down", via="edit", edit="tanh"),)
+    ),
+    "a recomputation that ends within a selection": Case(
+        Scene(engine="ddp", batches=(1, 1), recompute="plain"),
+        (Hook("layers.0.mlp.down", via="edit", edit="shift", select=("index", (-1, ("slice", None), ("list", 3)))),),
+    ),
     "hooks that were off run not in a recomputation": Case(
         Scene(recompute="plain"),
         (Hook("layers.0.mlp", "forward_pre", "register", edit="double"), Hook("head", via="edit", edit="tanh")),

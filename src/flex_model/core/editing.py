@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils import checkpoint
 
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.guarded import Guarded
@@ -32,6 +33,12 @@ from flex_model.routing.route import (
 from flex_model.routing.straight import dtensor_holds, straight_layout, straighten, unstraighten
 
 __all__ = ["EditContext", "check_answer", "refuse_write", "run_edit", "seeded"]
+
+
+# How torch ends a recomputation once all is there that the backward needs, in whatever operation saves the last of it.
+_ENDS_RECOMPUTATION: tuple[type[BaseException], ...] = tuple(
+    e for e in (getattr(checkpoint, "_StopRecomputationError", None),) if e is not None
+)
 
 
 class EditContext:
@@ -73,7 +80,7 @@ def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Ca
     try:
         return _answer(bound, context, full, index, call)
     except Exception as error:
-        if context.on_failure is None:
+        if context.on_failure is None or isinstance(error, _ENDS_RECOMPUTATION):
             raise
         context.on_failure(bound, call, error)
         return full
