@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,9 @@ import typer
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from flex_model.cli_models import ModelError
+from flex_model.cli_models import SAFE, ModelError
+from flex_model.cli_processes import start
 from flex_model.errors import FlexModelError
 
 __all__ = ["check_start", "launch", "load", "started", "told"]
@@ -30,7 +29,7 @@ def started() -> bool:
 def check_start(tp: int) -> None:
     world = int(os.environ.get("WORLD_SIZE", tp))
     if started() and world != tp:
-        raise ModelError(f"--tp {tp} was asked for, but torchrun started {world} processes.")
+        raise ModelError(f"--tp {tp} was asked for, but torchrun started {world} processes.", page="split-impossible")
 
 
 def load(folder: Path, tp: int) -> torch.nn.Module:
@@ -40,7 +39,7 @@ def load(folder: Path, tp: int) -> torch.nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one already
-    options: dict[str, Any] = {"attn_implementation": "eager"}
+    options: dict[str, Any] = {"attn_implementation": "eager", "use_safetensors": True, **SAFE}
     if tp > 1:
         options["distributed_config"] = DistributedConfig(tp_size=tp)
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -50,31 +49,21 @@ def load(folder: Path, tp: int) -> torch.nn.Module:
 
 
 def launch(worker: Callable[[Any], Any], job: Any, processes: int) -> dict[int, Any]:
-    """``worker(job)`` in processes on this machine, started with torchrun's own launcher: what each returned."""
+    """``worker(job)`` in processes on this machine: what each returned."""
     if torch.cuda.device_count() < processes:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL takes one process a device: all of them go to the CPU
     Console(stderr=True).print(f"Starting {processes} processes.")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
     try:
-        found: dict[int, Any] = elastic_launch(config, worker)(job)
+        return start(worker, job, processes)
     except SignalException as stopped:
         raise typer.Exit(128 + int(stopped.sigval)) from stopped
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: Any = failure.message
         raise FlexModelError(
-            f"process {rank} failed: {message['message'] if isinstance(message, dict) else message}"
+            f"process {rank} failed: {message['message'] if isinstance(message, dict) else message}",
+            page="process-failed",
         ) from error
-    return found
 
 
 @contextmanager
