@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 
 import pytest
@@ -324,4 +325,6 @@ def test_errors_are_also_the_builtin_kind():
         (EditError, RuntimeError),
     ):
         assert issubclass(error, kind) and issubclass(error, FlexModelError)
-        assert str(error("a 'message'")) == "a 'message'"
+        said = pickle.loads(pickle.dumps(error("a 'message'", page="other")))
+        assert (said.message, said.page, said.args) == ("a 'message'", "other", ("a 'message'",))
+        assert str(error("a 'message'")) == f"a 'message' (docs/errors/{error.page}.md)"

@@ -63,7 +63,7 @@ def test_unreadable_configuration(tmp_path: Path) -> None:
 def test_tp_that_does_not_divide_the_heads(folder: Path, tmp_path: Path) -> None:
     message = refused(run("--model", folder, "--out", tmp_path, "--tp", 4))
     assert "--tp 4 does not divide the model's 4 attention heads and 2 key-value heads" in message
-    assert message.endswith("these do: 1, 2.\n")
+    assert message.endswith("these do: 1, 2. (docs/errors/split-impossible.md)\n")
 
 
 def test_more_positions_than_the_model_has(folder: Path, tmp_path: Path) -> None:

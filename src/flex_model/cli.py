@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +19,19 @@ except ModuleNotFoundError as missing:
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from flex_model import FlexModel, FlexModelError
-from flex_model.cli_doctor import TOY, Visit, tell, visit
+from flex_model import FlexModel
+from flex_model.cli_doctor import doctor
 from flex_model.cli_models import ModelError, check_split, find_model, require
+from flex_model.cli_start import check_start, launch, load, started, told
 from flex_model.lens.induction import Induction, measure, repeated_tokens
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+app.command()(doctor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,46 +70,18 @@ def induction(
     ] = Path(".models"),
 ) -> None:
     """Find a model's induction heads, remove them while it runs split, and compare with one process."""
-    with _told():
-        _check_start(tp)
+    with told():
+        check_start(tp)
         require(["transformers", "safetensors", "accelerate"], install="'flex-model[hf]'")
         require(["matplotlib"], install="'flex-model[plot]'")
         folder = find_model(model, cache)
         ids = _tokens(check_split(folder, tp), batch, length, seed)
         out.mkdir(parents=True, exist_ok=True)
         job = Job(model, folder, out, tp, top, ids)
-        if tp == 1 or "RANK" in os.environ:
+        if tp == 1 or started():
             run(job)
         else:
-            _launch(run, job, tp)
-
-
-@app.command()
-def doctor(
-    model: Annotated[
-        str, typer.Option(help="A folder of transformers weights, a GGUF, or: smollm2, tiny-llama, tiny-qwen3, toy")
-    ] = TOY,
-    tp: Annotated[int, typer.Option(min=1, help="Processes to split each layer over")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
-    sites: Annotated[bool, typer.Option("--sites", help="List the layout of every site as well")] = False,
-    cache: Annotated[
-        Path, typer.Option(envvar="FLEX_MODEL_CACHE", file_okay=False, help="Where converted models are kept")
-    ] = Path(".models"),
-) -> None:
-    """Look at versions, processes, mesh, layouts, replicas and parity with one process; exit code 1 if one fails."""
-    with _told():
-        _check_start(tp)
-        folder = None
-        if model != TOY:
-            require(["transformers", "safetensors", "accelerate"], install="'flex-model[hf]'")
-            folder = find_model(model, cache)
-            check_split(folder, tp)
-        job = Visit(model, folder, tp, _load)
-        found = visit(job) if tp == 1 or "RANK" in os.environ else _launch(visit, job, tp)[0]
-    if int(os.environ.get("RANK", 0)) == 0:
-        tell(found, as_json=as_json, sites=sites)
-    if not found["ok"]:
-        raise typer.Exit(1)
+            launch(run, job, tp)
 
 
 def run(job: Job) -> None:
@@ -133,23 +105,8 @@ def run(job: Job) -> None:
 def _measure(job: Job, tp: int, step: Callable[[str], None]) -> Induction:
     where = f"over {tp} processes" if tp > 1 else "on one process"
     step(f"loading {job.name} {where}")
-    fm = FlexModel(_load(job.folder, tp))
+    fm = FlexModel(load(job.folder, tp))
     return measure(fm, job.ids.to(fm.device), top=job.top, progress=lambda what: step(f"{what}, {where}"))
-
-
-def _load(folder: Path, tp: int) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one already
-    options: dict[str, Any] = {"attn_implementation": "eager"}
-    if tp > 1:
-        options["distributed_config"] = DistributedConfig(tp_size=tp)
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
-    if tp == 1:
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval()
 
 
 def _report(console: Console, job: Job, found: Induction) -> None:
@@ -169,50 +126,6 @@ def _tokens(config: Any, batch: int, length: int, seed: int) -> torch.Tensor:
         raise ModelError(f"--length {length} makes {2 * length} positions, and the model has {longest}.")
     high = min(15_000, config.vocab_size)  # the rarest tokens of a large vocabulary are hardly trained
     return repeated_tokens(batch, length, seed, low=min(500, high // 2), high=high)
-
-
-def _check_start(tp: int) -> None:
-    world = int(os.environ.get("WORLD_SIZE", tp))
-    if "RANK" in os.environ and world != tp:
-        raise ModelError(f"--tp {tp} was asked for, but torchrun started {world} processes.")
-
-
-def _launch(entry: Callable[[Any], Any], job: Any, processes: int) -> dict[int, Any]:
-    """``entry(job)`` in processes on this machine, started with torchrun's own launcher; what they return, by rank."""
-    if torch.cuda.device_count() < processes:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL takes one process a device: all of them go to the CPU
-    Console(stderr=True).print(f"Starting {processes} processes.")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
-    try:
-        return dict(elastic_launch(config, entry)(job))
-    except SignalException as stopped:
-        raise typer.Exit(128 + int(stopped.sigval)) from stopped
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message: Any = failure.message
-        raise FlexModelError(
-            f"process {rank} failed: {message['message'] if isinstance(message, dict) else message}"
-        ) from error
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Our errors end the command with their one sentence, said by the first process only."""
-    try:
-        yield
-    except FlexModelError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
 
 
 @contextmanager

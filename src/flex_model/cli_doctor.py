@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -19,54 +20,82 @@ from flex_model import FlexModel
 from flex_model.check.doctor import examine_model, examine_processes, versions
 from flex_model.check.report import Report
 from flex_model.check.table import show
+from flex_model.cli_models import check_split, find_model, require
+from flex_model.cli_start import check_start, launch, load, started, told
 
-__all__ = ["TOY", "Visit", "tell", "visit"]
+__all__ = ["doctor"]
 
-TOY = "toy"
+_TOY = "toy"
 _SITE = ("name", "side", "shape", "layout", "evidence")
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What each process is told: which model, over how many processes, and what loads it."""
+    """What each process is told."""
 
     model: str
     folder: Path | None  # None: the toy
     tp: int
-    load: Callable[[Path, int], nn.Module]
+    as_json: bool
 
 
-def visit(job: Visit) -> dict[str, Any]:
+def doctor(
+    model: Annotated[
+        str, typer.Option(help="A folder of transformers weights, a GGUF, or: smollm2, tiny-llama, tiny-qwen3, toy")
+    ] = _TOY,
+    tp: Annotated[int, typer.Option(min=1, help="Processes to split each layer over")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="List the layout of every site as well")] = False,
+    cache: Annotated[
+        Path, typer.Option(envvar="FLEX_MODEL_CACHE", file_okay=False, help="Where converted models are kept")
+    ] = Path(".models"),
+) -> None:
+    """Look at versions, processes, mesh, layouts, replicas and parity with one process; exit code 1 if one fails."""
+    with told():
+        check_start(tp)
+        folder = None
+        if model != _TOY:
+            require(["transformers", "safetensors", "accelerate"], install="'flex-model[hf]'")
+            folder = find_model(model, cache)
+            check_split(folder, tp)
+    visit = Visit(model, folder, tp, as_json)
+    with told(1):
+        found = visited(visit) if tp == 1 or started() else launch(visited, visit, tp)[0]
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print(found, as_json, sites)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def visited(visit: Visit) -> dict[str, Any]:
     """One process's part: what it found, as plain data."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.tp))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // visit.tp))
     report, fm = Report(), None
     try:
-        built, inputs, reference = _toy(job.tp) if job.folder is None else _loaded(job)
+        built, inputs, reference = _toy(visit.tp) if visit.folder is None else _loaded(visit.folder, visit.tp)
         examine_processes(report)
         fm = FlexModel(built)
-        examine_model(report, fm, inputs, reference=reference if job.tp > 1 else False)
-        if job.tp == 1:
+        examine_model(report, fm, inputs, reference=reference if visit.tp > 1 else False)
+        if visit.tp == 1:
             report.add("parity", "ok", "", "this is one process; compare with --tp N")
     except Exception as error:
-        report.add("doctor", "fail", job.model, f"{type(error).__name__}: {error}", "run the model without hooks")
+        report.add("doctor", "fail", visit.model, f"{type(error).__name__}: {error}", "run the model without hooks")
     rows = [] if fm is None else [r for r in fm.sites() if r.layout]
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     return {
-        "ok": report.ok, "model": job.model, "tp": job.tp, "versions": versions(), "rows": report.as_dicts(),
+        "ok": report.ok, "model": visit.model, "tp": visit.tp, "versions": versions(), "rows": report.as_dicts(),
         "sites": [{key: getattr(row, key) for key in _SITE} for row in rows],
     }  # fmt: skip
 
 
-def _loaded(job: Visit) -> tuple[nn.Module, dict[str, Any], Callable[[], nn.Module]]:
-    folder = job.folder
-    assert folder is not None
-    model = job.load(folder, job.tp)
+def _loaded(folder: Path, tp: int) -> tuple[nn.Module, dict[str, Any], Callable[[], nn.Module]]:
+    model = load(folder, tp)
     device = next(model.parameters()).device
     vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     ids = torch.randint(0, vocabulary, (2, 12), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids.to(device), "use_cache": False}
-    return model, inputs, lambda: job.load(folder, 1).to(device)
+    return model, inputs, lambda: load(folder, 1).to(device)
 
 
 class _Block(nn.Module):
@@ -92,19 +121,13 @@ def _toy(tp: int) -> tuple[nn.Module, dict[str, Any], Callable[[], nn.Module]]:
 
     model = plain()
     if tp > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        kind = "cuda" if "nccl" in dist.get_backend() else "cpu"
-        model.to(kind)
-        mesh = init_device_mesh(kind, (tp,), mesh_dim_names=("tp",))
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",))
         parallelize_module(model, mesh, {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()})
-    device = next(model.parameters()).device
-    inputs = {"input": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).to(device)}
-    return model, inputs, lambda: plain().to(device)
+    return model, {"input": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))}, plain
 
 
-def tell(found: dict[str, Any], *, as_json: bool, sites: bool) -> None:
-    """Print what one process found."""
+def _print(found: dict[str, Any], as_json: bool, sites: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return

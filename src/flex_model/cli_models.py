@@ -7,6 +7,7 @@ A GGUF is converted once: reading it takes up to a minute, and leaves what trans
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -20,18 +21,22 @@ from rich.console import Console
 
 from flex_model.errors import FlexModelError
 
-__all__ = ["ModelError", "check_split", "find_model", "require"]
+__all__ = ["SAFE", "ModelError", "check_split", "find_model", "require"]
+
+SAFE: dict[str, Any] = {"trust_remote_code": False}  # no code that comes with a model is run, and nobody is asked
 
 
 class ModelError(FlexModelError, ValueError):
     """A model that cannot be found, read, or split as asked."""
+
+    page = "model-not-found"
 
 
 def require(modules: Iterable[str], *, install: str) -> None:
     """Raise a ModelError that says what to install if one of ``modules`` is missing."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise ModelError(f"{', '.join(missing)} is not installed; run: pip install {install}")
+        raise ModelError(f"{', '.join(missing)} is not installed; run: pip install {install}", page="not-installed")
 
 
 def find_model(model: str, cache: Path) -> Path:
@@ -44,6 +49,7 @@ def find_model(model: str, cache: Path) -> Path:
     if not path.exists():
         raise ModelError(f"--model {model}: there is no such file or folder.")
     if path.is_dir() and (path / "config.json").exists() and any(path.glob("*.safetensors")):
+        _check_inside(path)
         return path
     gguf = _only_gguf(path)
     state = gguf.stat()
@@ -51,25 +57,43 @@ def find_model(model: str, cache: Path) -> Path:
     return _converted(gguf, cache / f"{gguf.stem}-{digest[:8]}")
 
 
+def _check_inside(folder: Path) -> None:
+    """An index of weights may name files of its own folder only."""
+    for index in folder.glob("*.index.json"):
+        try:
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"--model {folder}: {index.name} is no index of weights: {error!r}.") from error
+        outside = sorted(str(f) for f in files if not isinstance(f, str) or f == ".." or Path(f).name != f)
+        if outside:
+            raise ModelError(
+                f"--model {folder}: {index.name} names {outside[0]!r}; expected names of files in that folder.",
+                page="outside-folder",
+            )
+
+
 def check_split(folder: Path, tp: int) -> Any:
     """The model's configuration, if ``tp`` processes can each take the same number of its attention heads."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder, **SAFE).get_text_config()
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(f"--model {folder}: transformers cannot read its config.json: {reason}") from error
     heads = getattr(config, "num_attention_heads", 0)
     if not heads:
-        raise ModelError(f"--model {folder}: a {config.model_type} model has no attention heads.")
+        raise ModelError(
+            f"--model {folder}: a {config.model_type} model has no attention heads.", page="split-impossible"
+        )
     groups = getattr(config, "num_key_value_heads", None) or heads
     common = gcd(heads, groups)
     if common % tp:
         fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         raise ModelError(
             f"--tp {tp} does not divide the model's {heads} attention heads and {groups} key-value heads; "
-            f"these do: {fitting}."
+            f"these do: {fitting}.",
+            page="split-impossible",
         )
     return config
 
@@ -150,11 +174,11 @@ def _written(target: Path, write: Callable[[Path], None]) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **SAFE)
     weights = loaded.state_dict()
     del loaded.config.quantization_config  # the weights are plain floats now
     fresh = type(loaded)(loaded.config)
     fresh.load_state_dict(weights)
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **SAFE).save_pretrained(folder)

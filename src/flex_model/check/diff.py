@@ -100,7 +100,7 @@ def diff(
     a, b = _run(a), _run(b)
     shared = [p for p in a if p in b.measured]
     if not shared:
-        raise RunError(f"the runs have no place in common ({len(a)} and {len(b)} places).")
+        raise RunError(f"the runs have no place in common ({len(a)} and {len(b)} places); record the same modules.")
     rows = [_compared(place, a[place], b[place], rtol, atol) for place in shared]
     only_a = [str(p) for p in a if p not in b.measured]
     only_b = [str(p) for p in b if p not in a.measured]

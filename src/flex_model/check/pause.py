@@ -144,7 +144,8 @@ def _terminal() -> tuple[TextIO, TextIO, list[Any]]:
         source, sink = open("/dev/tty"), open("/dev/tty", "w")  # noqa: SIM115
     except OSError as error:
         raise FlexModelError(
-            f"check.breakpoint: this process has no terminal ({error}); give port= and connect to it from here."
+            f"check.breakpoint: this process has no terminal ({error}); give port= and connect to it from here.",
+            page="no-terminal",
         ) from error
     return source, sink, [source, sink]
 

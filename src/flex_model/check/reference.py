@@ -25,7 +25,7 @@ _SIMPLE = {"DDP", "replicate", "FSDP1", "FSDP2", "DTensor", "transformers", "exp
 
 
 class NoReference(FlexModelError, RuntimeError):
-    """The unsharded model cannot be had here."""
+    """The unsharded model cannot be had here: told as a row of the report, and so without a page."""
 
 
 def make_reference(runtime: Runtime, given: nn.Module | Callable[[], nn.Module] | None) -> nn.Module | None:

@@ -19,6 +19,8 @@ _COLUMNS = ("status", "check", "where", "what was found", "what to do")
 class CheckFailed(FlexModelError, AssertionError):
     """A check found something wrong, or could not be made; the report is in the message."""
 
+    page = "check-failed"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

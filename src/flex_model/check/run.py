@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flex_model.check.measure import PROJECTIONS, Statistics
 from flex_model.check.table import as_text
-from flex_model.errors import FlexModelError
+from flex_model.errors import FlexModelError, summary
 
 __all__ = ["Place", "Run", "RunError", "What"]
 
@@ -26,6 +26,8 @@ _MOST = 2**30  # bytes of JSON that are read
 
 class RunError(FlexModelError, ValueError):
     """A file that is no run, or a run that cannot be compared."""
+
+    page = "run-unusable"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -108,7 +110,7 @@ class Run:
             tensors = load_file(numbers)
             return _parsed(content, tensors)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise RunError(f"{table}: this is no saved run: {type(error).__name__}: {error}") from error
+            raise RunError(f"{table}: this is no saved run: {summary(error)}; expected what Run.save wrote.") from error
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:

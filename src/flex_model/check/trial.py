@@ -29,7 +29,7 @@ from flex_model.core.hook_function import Call, HookFunction, adapt_editing_func
 from flex_model.core.in_place import may_write
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.trainable import TrainableModules
-from flex_model.errors import EditError, ShapeError
+from flex_model.errors import EditError, RegistrationError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.routing.selection import Selection
 from flex_model.routing.straight import straight_layout
@@ -95,7 +95,7 @@ def try_edit(
         hook = HookFunction("edit", editing_function=hook)
     fn = hook.editing_function
     if fn is None:
-        raise ValueError(f"{hook!r} has no editing function to try.")
+        raise RegistrationError(f"{hook!r} has no editing function to try; give it one.")
     adapted = adapt_editing_function(fn, hook.module_name)
     own = modules if isinstance(modules, TrainableModules) else TrainableModules()
     if own is not modules:
@@ -294,7 +294,7 @@ def try_first(bound: Bound, context: EditContext, full: Tensor, index: int, call
     with untouched(context.save_ctx):
         trial = try_bound(bound, copy_of(full), context.save_ctx, context.modules, call, index, mesh)
     if trial.finding is not None and trial.finding.code in ("FM103", "FM161", "FM162"):
-        raise ShapeError(trial.finding.sentence)
+        raise ShapeError(trial.finding.sentence, page=trial.finding.code)
 
 
 def _line_of(bound: Bound) -> int:

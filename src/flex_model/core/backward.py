@@ -102,7 +102,11 @@ class Backward:
         self.arm(call)
         bound.reached += 1
         if site.refusal:
-            error = LayoutError(f"{bound.where}: the full gradient is unknown: {site.refusal}.")
+            error = LayoutError(
+                f"{bound.where}: the full gradient is unknown: {site.refusal}; "
+                f"take the gradient of a module's value instead.",
+                page="gradient-unknown",
+            )
             self.runtime.outbox.refuse(bound, bound.key_of(0, False), error)
             return None
         layout = parameter_layout(self.runtime, grad, site.stated, spec)

@@ -75,9 +75,13 @@ class Captured(Mapping[str | Site, Value]):
         asked = key in self._keys or any(isinstance(k, Site) and k.name == key for k in table.values)
         if not asked and not (self._elsewhere and isinstance(key, Site) and key.name in self._keys):
             names = ", ".join(repr(k) for k in self._keys[:5])
-            raise NameNotFoundError(f"{key!r} was not asked for in this capture; it has {names}.")
+            raise NameNotFoundError(
+                f"{key!r} was not asked for in this capture, which has {names}; name it there.", page="not-captured"
+            )
         if key in self._empty:
-            raise DeliveryError(f"{key!r} fired, but there is no {what} to capture: {self._empty[key]}.")
+            raise DeliveryError(
+                f"{key!r} fired, but there is no {what} to capture: {self._empty[key]}.", page="nothing-to-capture"
+            )
         missed = "" if self.block is None else self.block.explain(key, what == "gradient")
         if missed:
             raise DeliveryError(f"the {what} of {key!r} has not arrived: {missed}.")
@@ -121,9 +125,15 @@ class Captured(Mapping[str | Site, Value]):
         self._of(table, key, word)
         found = list(table.rows.get(key, {}).values())
         if not found:
-            raise DeliveryError(f"the rows of {key!r} are not tokens at experts, or no engine can tell which they are.")
+            raise DeliveryError(
+                f"the rows of {key!r} are not tokens at experts, or no engine can tell which they are; "
+                f"take acts[{key!r}] as it is.",
+                page="rows-unknown",
+            )
         if call is None and len(found) > 1:
-            raise DeliveryError(f"{key!r} has {len(found)} calls; take one with acts.rows({key!r}, call=0).")
+            raise DeliveryError(
+                f"{key!r} has {len(found)} calls; take one with acts.rows({key!r}, call=0).", page="several-calls"
+            )
         pieces = found[call or 0]
         return Rows.sorted(*(torch.cat([getattr(p, f) for p in pieces]) for f in ("values", "tokens", "experts")))
 
@@ -138,10 +148,14 @@ class Captured(Mapping[str | Site, Value]):
         """The values of all names that match, stacked in the model's order: ``(matches, *value)``."""
         chosen = [k for k in self if _matches(k, pattern)]
         if not chosen:
-            raise NameNotFoundError(f"{pattern!r} matches no captured name.")
+            raise NameNotFoundError(
+                f"{pattern!r} matches no captured name; list(acts) has {len(self)} of them.", page="not-captured"
+            )
         values = [self[k] for k in chosen]
         if not all(isinstance(v, Tensor) for v in values):
-            raise DeliveryError(f"{pattern!r} matches values that make no rectangle; take their parts one by one.")
+            raise DeliveryError(
+                f"{pattern!r} matches values that make no rectangle; take their parts one by one.", page="no-rectangle"
+            )
         return torch.stack(values)  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> Path:
@@ -185,5 +199,7 @@ def _matches(key: str | Site, pattern: Pattern) -> bool:
 
 def _only(values: list[Value], key: str | Site, others: str) -> Value:
     if len(values) > 1:
-        raise DeliveryError(f"{key!r} has {len(values)} calls; take them with acts.{others}({key!r}).")
+        raise DeliveryError(
+            f"{key!r} has {len(values)} calls; take them with acts.{others}({key!r}).", page="several-calls"
+        )
     return values[0]

@@ -115,7 +115,8 @@ def _answer(bound: Bound, context: EditContext, full: Tensor, index: int, call: 
         out = bound.edit(bound.module, value, context.save_ctx, context.modules, site, call)
     if before is not None and not torch.equal(before, torch.get_rng_state()):
         raise EditError(
-            f"{bound.where}: the editing function draws random numbers; pass random=True to the HookFunction."
+            f"{bound.where}: the editing function draws random numbers; pass random=True to the HookFunction.",
+            page="edit-draws-random",
         )
     if out is None:
         if version is None or value._version == version:
@@ -132,7 +133,8 @@ def _answer_flat(bound: Bound, context: EditContext, full: Tensor, index: int, c
     """The answer to a value whose dim 0 was taken apart to bring it here."""
     if isinstance(full, DTensor):
         raise EditError(
-            f"{bound.where}: dim 0 is two dims in one, whose shards are interleaved; run='every_rank' gives it whole."
+            f"{bound.where}: dim 0 is two dims in one, whose shards are interleaved; run='every_rank' gives it whole.",
+            page="edit-not-sharded",
         )
     out = _answer(replace(bound, apart=False), context, full.flatten(0, 1), index, call)
     return None if out is None else out.unflatten(0, full.shape[:2])
@@ -142,24 +144,28 @@ def refuse_write(bound: Bound) -> None:
     """The function wrote into memory that the model uses, where it did not look as if it would."""
     raise EditError(
         f"{bound.where}: the editing function wrote into its input in place, out of this library's sight; "
-        f"let it return a new tensor, or start it with x = x.clone()."
+        f"let it return a new tensor, or start it with x = x.clone().",
+        page="edit-writes-in-place",
     )
 
 
 def check_answer(bound: Bound, value: Tensor, out: object) -> None:
     if not isinstance(out, Tensor):
         raise ShapeError(
-            f"{bound.where}: the editing function returned {type(out).__name__}; expected a tensor or None."
+            f"{bound.where}: the editing function returned {type(out).__name__}; expected a tensor or None.",
+            page="edit-answer",
         )
     if out.shape != value.shape:
         raise ShapeError(
             f"{bound.where}: the editing function returned the shape {tuple(out.shape)}, "
-            f"expected {tuple(value.shape)}; an edit must keep the shape."
+            f"expected {tuple(value.shape)}; an edit must keep the shape.",
+            page="edit-answer",
         )
     if out.dtype != value.dtype:
         raise ShapeError(
             f"{bound.where}: the editing function returned {out.dtype}, expected {value.dtype}; "
-            f"end it with .to(x.dtype)."
+            f"end it with .to(x.dtype).",
+            page="edit-answer",
         )
 
 
@@ -229,10 +235,16 @@ def _sharded(bound: Bound, context: EditContext, local: Tensor, layout: Layout, 
     if out is None:
         return None, None
     if not isinstance(out, DTensor):
-        raise EditError(f"{bound.where}: an edit with run='sharded' must return a DTensor, got {type(out).__name__}.")
+        raise EditError(
+            f"{bound.where}: an edit with run='sharded' must return a DTensor, got {type(out).__name__}.",
+            page="edit-not-sharded",
+        )
     if out.placements != placements:
         if own_sizes:
-            raise EditError(f"{bound.where}: the answer must be sharded as the value is, {placements}.")
+            raise EditError(
+                f"{bound.where}: the answer must be sharded as the value is, {placements}; it is {out.placements}.",
+                page="edit-not-sharded",
+            )
         out = out.redistribute(placements=placements)
     back = unstraighten(out.to_local(), layout, mesh)
     return scale_gradient(back, 1 / scale), None

@@ -295,7 +295,8 @@ def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: Active
     if needs and not runtime.direct and call.place is None:
         raise EditError(
             f"{bound.where}: the edit needs the whole batch over {needs}, but ranks do not run in lockstep here "
-            f"(generate or evaluation under {runtime.engines.names}); pass axes= without {needs}, or run='sharded'."
+            f"(generate or evaluation under {runtime.engines.names}); pass axes= without {needs}, or run='sharded'.",
+            page="edit-needs-lockstep",
         )
 
 

@@ -188,7 +188,9 @@ class FlexModel(nn.Module):
         runtime = self._runtime
         runtime.look()
         if any(b.hook is hook for b in runtime.bounds):
-            raise RegistrationError(f"{hook!r} is registered already; make another HookFunction for another place.")
+            raise RegistrationError(
+                f"{hook!r} is registered already; make another HookFunction for another place.", page="registered-twice"
+            )
         key = self._sink.key_for(hook.module_name, hook_type, hook.unpack_idx)
         bound = bind(runtime, hook, hook_type, key, self._sink if hook.capture else None, self._deliver)
         if bound.sink is not None:
@@ -358,7 +360,9 @@ class FlexModel(nn.Module):
         if not isinstance(module, nn.Module):
             raise RegistrationError(f"trainable module {name!r} must be an nn.Module, got {type(module).__name__}.")
         if name in self.trainable_modules:
-            raise RegistrationError(f"a trainable module {name!r} is registered already.")
+            raise RegistrationError(
+                f"a trainable module {name!r} is registered already; take another name.", page="registered-twice"
+            )
         self.trainable_modules[name] = module
         mesh = largest_mesh(self.module)
         if mesh is not None:

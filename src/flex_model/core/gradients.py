@@ -151,7 +151,13 @@ def _on_gradient(
     if forward is None or isinstance(forward, LayoutError):
         for bound, several in watchers:
             runtime.outbox.refuse(
-                bound, bound.key_of(index, several), forward or LayoutError(f"{bound.where}: no layout")
+                bound,
+                bound.key_of(index, several),
+                forward
+                or LayoutError(
+                    f"{bound.where}: the full gradient is unknown, because the layout of its value is.",
+                    page="gradient-unknown",
+                ),
             )
         return None
     layout = runtime.inference.gradient_layout(forward, grad)

@@ -50,7 +50,9 @@ class Groups:
 
     def untag(self, which: HookFunction | str | Iterable[HookFunction], group: str) -> None:
         if group == ALL:
-            raise GroupError("the group 'all' holds every hook and cannot be removed; remove the hook instead.")
+            raise GroupError(
+                "the group 'all' holds every hook and cannot be removed; remove the hook instead.", page="group-all"
+            )
         self.check([group])
         for hook in self._resolve(which):
             self._tags[hook].discard(group)
@@ -59,7 +61,10 @@ class Groups:
         if isinstance(which, str):
             found = [h for h in self._tags if which in h.module_name]
             if not found:
-                raise GroupError(f"no registered hook has {which!r} in its module name.")
+                raise GroupError(
+                    f"no registered hook has {which!r} in its module name; "
+                    f"there are hooks on {', '.join(sorted({h.module_name for h in self._tags})) or 'no module'}."
+                )
             return found
         hooks = [which] if isinstance(which, HookFunction) else list(which)
         for hook in hooks:

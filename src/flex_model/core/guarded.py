@@ -49,7 +49,8 @@ class Guarded(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and involved:
             raise EditError(
                 f"{self.where}: an edit with run='sharded' draws random numbers ({func}), which would not be those of "
-                f"the whole value; use run='every_rank'."
+                f"the whole value; use run='every_rank'.",
+                page="edit-draws-random",
             )
         if self.value is not None and any(self._is_sharded(a) for a in involved):
             self._check_sizes(func, involved, self.value)
@@ -66,7 +67,8 @@ class Guarded(TorchDispatchMode):
             if written and isinstance(value, DTensor) and id(value) in self.views:
                 raise EditError(
                     f"{self.where}: an edit with run='sharded' writes in place through a view ({func}), "
-                    f"which could be lost; use an out-of-place operation such as torch.where or slice_scatter."
+                    f"which could be lost; use an out-of-place operation such as torch.where or slice_scatter.",
+                    page="edit-writes-in-place",
                 )
 
     @staticmethod
@@ -78,7 +80,8 @@ class Guarded(TorchDispatchMode):
         if not fits or not (torch.Tag.pointwise in func.tags or func in _KEEPS_SHARDS):
             raise EditError(
                 f"{self.where}: ranks hold shards of sizes that DTensor does not count with (it takes the first to be "
-                f"the largest), so that run='sharded' can work on elements alone, not do {func}; use run='every_rank'."
+                f"the largest), so that run='sharded' can work on elements alone, not do {func}; use run='every_rank'.",
+                page="edit-not-sharded",
             )
 
     @staticmethod

@@ -153,5 +153,6 @@ def adapt_editing_function(fn: Callable[..., Any], where: str) -> Adapted:
         return Adapted(lambda module, x, save_ctx, modules, site, call: fn(x, **keywords(site, call)), wants_call)
     raise RegistrationError(
         f"{where}: the editing function takes {len(needed)} positional arguments "
-        f"({', '.join(p.name for p in needed)}); expected fn(current_module, inputs, save_ctx, modules) or fn(x)."
+        f"({', '.join(p.name for p in needed)}); expected fn(current_module, inputs, save_ctx, modules) or fn(x).",
+        page="editing-function-arguments",
     )

@@ -46,15 +46,24 @@ def _merge(
         return parts[0]
     if len(parts) != microbatches:
         return LayoutError(
-            f"{where}: the full value is unknown: it ran in {len(parts)} of the step's {microbatches} microbatches."
+            f"{where}: the full value is unknown: it ran in {len(parts)} of the step's {microbatches} microbatches; "
+            f"hook a module that runs in each.",
+            page="microbatches",
         )
     if batch is None or batch.refusal:
         why = batch.refusal if batch is not None else "it did not fire while the batch was probed"
-        return LayoutError(f"{where}: its microbatches cannot be put together: {why}.")
+        return LayoutError(
+            f"{where}: its microbatches cannot be put together: {why}; hook a module that keeps the batch dim.",
+            page="microbatches",
+        )
     if batch.dim is not None:
         return torch.cat(parts, batch.dim)
     if gradient:
         return torch.stack(parts).sum(0)
     if not all(close(parts[0], p) for p in parts[1:]):
-        return LayoutError(f"{where}: its microbatches cannot be put together: they differ and have no batch dim.")
+        return LayoutError(
+            f"{where}: its microbatches cannot be put together: they differ and have no batch "
+            f"dim; hook a module that keeps it.",
+            page="microbatches",
+        )
     return parts[0]

@@ -69,7 +69,13 @@ def refusal(runtime: Runtime, bound: Bound, local: Tensor, layout: Layout) -> La
         why = f"run={bound.hook.run!r} needs a whole value; run='every_rank' gives each rank its own rows"
     elif bound.selection is not None and not _leaves_rows(runtime, bound, local, layout):
         why = "select= must leave all rows, they have no common order; take acts.rows(name) and select from that"
-    return LayoutError(f"{bound.where}: its rows are tokens at experts, a part for each rank: {why}.") if why else None
+    return (
+        LayoutError(
+            f"{bound.where}: its rows are tokens at experts, a part for each rank: {why}.", page="rows-are-parts"
+        )
+        if why
+        else None
+    )
 
 
 def _leaves_rows(runtime: Runtime, bound: Bound, local: Tensor, layout: Layout) -> bool:

@@ -41,7 +41,10 @@ def bind(
     where = f"{name or '(the model)'} ({hook_type})"
     backward = hook_type not in ("forward", "forward_pre")
     if backward and runtime.whole.stage_axis is not None and runtime.engines.no_backward:
-        raise RegistrationError(f"{where}: there will be no gradient: {runtime.engines.no_backward}.")
+        raise RegistrationError(
+            f"{where}: there will be no gradient: {runtime.engines.no_backward}; hook the forward instead.",
+            page="no-gradient",
+        )
     side = "param" if hook_type == "tensor" else "out" if hook_type in ("forward", "full_backward_pre") else "in"
     module = runtime.names.module_of(name, side)
     _check_it_can_fire(runtime, name, hook_type, where)
@@ -80,15 +83,20 @@ def _check_it_can_fire(runtime: Runtime, name: str, hook_type: HookType, where: 
     if hook_type != "tensor":
         if names.never_fires(name):
             raise RegistrationError(
-                f"{where}: {names.class_of(name)} has no forward, so it never fires; hook what it holds ('{name}.*')."
+                f"{where}: {names.class_of(name)} has no forward, so it never fires; hook what it holds ('{name}.*').",
+                page="never-fires",
             )
         return
     if not names.requires_grad(name):
-        raise RegistrationError(f"{where}: the parameter does not require a gradient, so it will never have one.")
+        raise RegistrationError(
+            f"{where}: the parameter does not require a gradient, so it will never have one; "
+            f"call requires_grad_(True) on it first.",
+            page="no-gradient",
+        )
     if name in names.parameters:
         _, site = runtime.engines.gradient_site(*names.parameters[name])
         if site.when == "never":
-            raise RegistrationError(f"{where}: no hook can meet this gradient: {site.refusal}.")
+            raise RegistrationError(f"{where}: no hook can meet this gradient: {site.refusal}.", page="no-gradient")
 
 
 def on_mesh(hook: HookFunction, mesh: ModelMesh, where: str) -> tuple[tuple[int, ...] | None, tuple[Any, ...]]:
@@ -97,7 +105,9 @@ def on_mesh(hook: HookFunction, mesh: ModelMesh, where: str) -> tuple[tuple[int,
     if hook.axes is not None and mesh.axes:
         axes = tuple(mesh.index(a) for a in hook.axes if a in mesh.names or _known_axis(mesh.index, a))
     if hook.run == "one_rank" and axes is not None and len(axes) < len(mesh.axes):
-        raise RegistrationError(f"{where}: run='one_rank' covers all axes of the mesh; leave out axes={hook.axes}.")
+        raise RegistrationError(
+            f"{where}: run='one_rank' covers all axes of the mesh; leave out axes={hook.axes}.", page="options-conflict"
+        )
     if hook.layout is None:
         return axes, ()
     return axes, tuple(sorted(parse_layout(hook.layout, mesh, where).items(), key=lambda pair: pair[0]))
@@ -156,25 +166,36 @@ def capture_bounds(
         raise RegistrationError("capture() needs a pattern; '**' captures every module.")
     backward = hook_type in ("full_backward", "full_backward_pre", "tensor")
     if backward and (grad or not detach):
-        raise RegistrationError(f"grad=True and detach=False go with forward hook types, not with {hook_type!r}.")
+        raise RegistrationError(
+            f"grad=True and detach=False go with forward hook types, not with {hook_type!r}.", page="options-conflict"
+        )
     if not detach and runtime.whole.stage_axis is not None:
         raise RegistrationError(
-            "detach=False hands out the value's graph, and a pipeline's stages have none in common."
+            "detach=False hands out the value's graph, and a pipeline's stages have none in common; take "
+            "gradients with grad=True.",
+            page="options-conflict",
         )
     if grad and runtime.whole.stage_axis is not None and runtime.engines.no_backward:
-        raise RegistrationError(f"grad=True: there will be no gradient: {runtime.engines.no_backward}.")
+        raise RegistrationError(
+            f"grad=True: there will be no gradient: {runtime.engines.no_backward}; leave grad=False.",
+            page="no-gradient",
+        )
     if not detach and deliver != "all":
-        raise RegistrationError("detach=False hands out the value on every rank; leave deliver='all'.")
+        raise RegistrationError(
+            "detach=False hands out the value on every rank; leave deliver='all'.", page="options-conflict"
+        )
     of = "parameter" if hook_type == "tensor" else "module"
     found = [pair for p in patterns for pair in runtime.names.match(p, of=of)]
     found = list({clean: (key, clean) for key, clean in reversed(found)}.values())[::-1]
     if hook_type == "tensor":
         found = [(k, c) for k, c in found if runtime.names.requires_grad(c)] or found
-    elsewhere = ""
-    if deliver == "main" and not runtime.whole.is_main:
-        elsewhere = f"deliver='main' sent it to rank {runtime.whole.main}."
-    elif deliver == "local" and runtime.whole.stage_axis is not None:
-        elsewhere = "deliver='local' leaves a value on the ranks of its stage."
+    elsewhere, whole = "", runtime.whole
+    if deliver == "main" and not whole.is_main:
+        elsewhere = f"deliver='main' sent it to rank {whole.main}, and this is rank {whole.rank}; pass deliver='all'."
+    elif deliver == "local" and whole.stage_axis is not None:
+        elsewhere = (
+            f"deliver='local' leaves it on the ranks of its stage, and rank {whole.rank} is on another; pass 'all'."
+        )
     acts = Captured([key for key, _ in found], elsewhere, runtime.names.others("module") if of == "module" else {})
     values, gradients = _ValueSink(acts), _GradientSink(acts)
     bounds = []

@@ -48,7 +48,7 @@ class SaveContext(Namespace):
     def __getattr__(self, name: str) -> object:
         reason = self.held.withheld.get(name) if name != "_saved" else None
         if reason is not None:
-            raise EditError(f"save_ctx.{name} is on another stage: {reason}")
+            raise EditError(f"save_ctx.{name} is on another stage: {reason}", page="save-ctx-elsewhere")
         raise AttributeError(f"save_ctx has no {name!r}: no hook that ran so far has written it.")
 
     def hold(self, saved: Saved) -> None:

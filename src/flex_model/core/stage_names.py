@@ -78,11 +78,12 @@ class StageNames:
             for owner in lists:
                 inner = [n for n in table.modules if n.rpartition(".")[0] == owner and n.rpartition(".")[2].isdigit()]
                 if table.stage in here:
-                    renames |= {n: f"{owner}.{counts.get(owner, 0) + i}" for i, n in enumerate(inner)}
+                    renames |= {n: f"{owner}.{counts.get(owner, 0) + i}".lstrip(".") for i, n in enumerate(inner)}
                 counts[owner] = counts.get(owner, 0) + len(inner)
         if twice:
             raise NameNotFoundError(
                 f"{twice}, so names do not tell which module is meant. Slice the model so that its parts keep their "
                 f"names, or give the plain model's: FlexModel(..., names={{this rank's name: plain name}}); if each "
-                f"stage goes on counting where the one before ended, names={renames} on this rank."
+                f"stage goes on counting where the one before ended, names={renames} on this rank.",
+                page="stage-names-collide",
             )

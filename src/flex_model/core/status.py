@@ -17,7 +17,7 @@ import torch
 
 from flex_model.core.bound import Bound
 from flex_model.core.hook_function import Call
-from flex_model.errors import DeliveryError, EditError, FlexModelError, MismatchError
+from flex_model.errors import DeliveryError, EditError, FlexModelError, MismatchError, summary
 from flex_model.routing.collectives import all_gather_ints, all_gather_objects, extremes
 from flex_model.routing.watch import mark_shared
 
@@ -53,7 +53,8 @@ class Status:
                 "where": where,
                 "rank": self.runtime.whole.rank,
                 "call": self.runtime.calls - 1 if call is None else call,
-                "error": f"{type(error).__name__}: {error}",
+                "error": summary(error),
+                "page": getattr(error, "page", ""),
                 "traceback": "".join(traceback.format_exception(error)),
             }
         )
@@ -82,7 +83,8 @@ class Status:
         first = next(f for theirs in everyone for f in theirs)
         raise EditError(
             f"{first['where']}: {first['what']} failed on rank {first['rank']} in call {first['call']} with "
-            f"{first['error']}; caches, buffers and gradients of this call are undefined.\n{first['traceback']}"
+            f"{first['error']}; caches, buffers and gradients of this call are undefined.\n{first['traceback']}",
+            page=first["page"],
         )
 
     def _raise_mismatch(self, edits: list[str]) -> NoReturn:
@@ -106,7 +108,8 @@ class Status:
             counts = dict(zip(self.runtime.mesh.ranks, [r[0] for r in rows], strict=True))
             raise DeliveryError(
                 f"ranks captured different values in this call (values by rank: {counts}); every rank must register "
-                f"the same hooks in the same order and run the same modules."
+                f"the same hooks in the same order and run the same modules.",
+                page="ranks-differ",
             )
 
 

@@ -17,6 +17,7 @@ from flex_model.core.call import ActiveCall, Staged
 from flex_model.core.messages import Messages
 from flex_model.core.microbatches import merge_microbatches
 from flex_model.core.save_ctx import Saved
+from flex_model.errors import NameNotFoundError
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
@@ -51,7 +52,11 @@ class Steps:
 
     # -- what the engine tells ---------------------------------------------------------------------------------
     def look(self) -> None:
-        self.runtime.look()
+        try:
+            self.runtime.look()
+        except NameNotFoundError:  # names collide: told where hooks are registered, and without hooks nobody asks
+            if self.runtime.bounds:
+                raise
 
     def holds(self, module: nn.Module) -> bool:
         return any(part is module for part in self.runtime.engines.parts.values())

@@ -131,7 +131,9 @@ class TrainableModules(nn.ModuleDict):
         """The parameters for an edit of rows that a rank has for itself: what they get there is no other rank's."""
         if any(_unreduced(owner._parameters[name]) is None for owner, name in _slots(self)):
             raise EditError(
-                "trainable modules that an engine has sharded cannot be used on rows that are tokens at experts"
+                f"rank {dist.get_rank()}: trainable modules that an engine has sharded cannot be used on rows that are "
+                f"tokens at experts; leave register_trainable_module's modules out of fully_shard.",
+                page="trainable-sharded",
             )
         return [_SetAside.apply(t, self._aside, i) for i, t in enumerate(self.trainable_tensors())]
 

@@ -33,7 +33,8 @@ def align(runtime: Runtime, staged: list[Staged], forwards: int) -> list[Staged]
     like = {p[:2]: s for p, s in zip(places, staged, strict=True)}
     aligned: list[Staged] = []
     for where, key in broken:
-        _refuse_place(runtime, where, key)
+        times_by_rank = [sum(p[:2] == (where, key) for p in theirs) for _, theirs, _ in everyone]
+        _refuse_place(runtime, where, key, times_by_rank)
     for place in sorted(order, key=lambda p: p[2]):
         if place[:2] in broken:
             continue
@@ -47,8 +48,13 @@ def align(runtime: Runtime, staged: list[Staged], forwards: int) -> list[Staged]
     return aligned
 
 
-def _refuse_place(runtime: Runtime, where: str, key: str) -> None:
-    error = LayoutError(f"{where}: the full value is unknown: it ran on some ranks and not on others.")
+def _refuse_place(runtime: Runtime, where: str, key: str, times: Sequence[int]) -> None:
+    by_rank = dict(zip(runtime.mesh.ranks[:8], times, strict=False))
+    error = LayoutError(
+        f"{where}: the full value is unknown: it ran on some ranks and not on others (calls by rank: {by_rank}); "
+        f"hook a module that all ranks run.",
+        page="ran-on-some-ranks",
+    )
     for bound in runtime.bounds:
         if bound.where == where:
             runtime.outbox.refused += [(bound, k, error) for k in (bound.key, bound.site(0)) if repr(k) == key][:1]

@@ -58,7 +58,8 @@ def _unsharded(runtime: Runtime, output: Any) -> Any:
             if runtime.engines.parts and not (args or kwargs):
                 raise LayoutError(
                     "the output of this pipeline cannot be put together, because no hook has seen its last stage run; "
-                    "take it with fm.capture('')."
+                    "take it with fm.capture('').",
+                    page="pipeline-output",
                 )
             root = list(runtime.names.places[""].values())[-1]
             outer = root if runtime.engines.parts else runtime.outermost
@@ -117,7 +118,10 @@ def _batch_layout(mesh: ModelMesh, order: Order | str | None) -> Layout:
         if not axis.sequence:
             placements.append(Shard(0) if axis.kind == "data" else Replicate())
         elif isinstance(order, str):
-            raise LayoutError(f"the batch is in parts over {axis.name!r}, and their order is unknown: {order}.")
+            raise LayoutError(
+                f"the batch is in parts over {axis.name!r}, and their order is unknown: {order}.",
+                page="batch-order-unknown",
+            )
         else:
             placements.append(Replicate() if order is None else order(1))
     return Layout(tuple(placements), "full_batch", ragged=tuple(a.kind == "data" for a in mesh.axes))
@@ -127,6 +131,8 @@ def _whole(mesh: ModelMesh, layout: Layout, tensor: Tensor) -> Tensor:
     route = Route(mesh, layout, tensor)
     if route.own_part:
         raise LayoutError(
-            f"the batch has the shape {tuple(tensor.shape)} here and no matching one on other ranks; pad it."
+            f"the batch has the shape {tuple(tensor.shape)} on rank {mesh.rank} and no matching one "
+            f"on other ranks; pad all batches to one length.",
+            page="no-rectangle",
         )
     return route.unshard(tensor)

@@ -35,7 +35,9 @@ class AccelerateEngine(Engine):
         parameter = owner._parameters.get(attribute)
         if parameter is None or not parameter.is_meta:
             return None
-        return GradientSite("never", refusal="it is offloaded, and each forward makes a weight of its own")
+        return GradientSite(
+            "never", refusal="it is offloaded, and each forward makes a weight of its own; keep it on a device"
+        )
 
     def full_parameter(self, owner: nn.Module, attribute: str) -> Tensor | None:
         parameter = owner._parameters.get(attribute)

@@ -94,7 +94,10 @@ class FairscaleEngine(Engine):
         if not any(_layer(m) is not None or uses(m, _MOVING) for m in modules):
             return None
         if any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in modules):
-            raise LayoutError("fairscale's layers under FSDP are not supported: use DDP over its data parallel group.")
+            raise LayoutError(
+                "fairscale's layers under FSDP are not supported: use DDP over its data parallel group.",
+                page="engine-unsupported",
+            )
         return cls(module)
 
     def __init__(self, module: nn.Module) -> None:
@@ -229,7 +232,8 @@ class FairscaleEngine(Engine):
             shapes = dict(zip(self._line, [d.shape for d in found], strict=True))
             raise LayoutError(
                 f"{attribute} of {type(owner).__name__}: the full parameter is unknown: it is in no layer of "
-                f"fairscale's own, and its module splits it. Local shapes by rank: {shapes}."
+                f"fairscale's own, and its module splits it. Local shapes by rank: {shapes}.",
+                page="parameter-unknown",
             )
         return local.clone()
 

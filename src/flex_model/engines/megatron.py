@@ -64,7 +64,11 @@ class MegatronEngine(Engine):
     def axes(self) -> list[Axis]:
         context = self._group("context")
         if context is not None and context.size() > 1 and self._is_global:
-            raise MeshError("the model uses Megatron's context parallelism, which is not supported yet.")
+            raise MeshError(
+                f"the model uses Megatron's context parallelism over {context.size()} ranks, which is not supported "
+                f"yet; expected context_parallel_size=1.",
+                page="engine-unsupported",
+            )
         data, tensor = self._data_group, self._tensor_group
         found: list[tuple[str, AxisKind, Any]] = [("dp", "data", data), ("tp", "tensor", tensor)]
         return [
@@ -80,8 +84,13 @@ class MegatronEngine(Engine):
         groups = {id(m): tensor_group(m) for m in self.module.modules() if id(m) not in experts}
         own = [group for group in groups.values() if group is not None]
         for group in own:
-            if sorted(dist.get_process_group_ranks(group)) != sorted(dist.get_process_group_ranks(own[0])):
-                raise MeshError("the model's layers are spread over different tensor-parallel groups.")
+            mine, first = (sorted(dist.get_process_group_ranks(g)) for g in (group, own[0]))
+            if mine != first:
+                raise MeshError(
+                    f"the model's layers are spread over different tensor-parallel groups, ranks {first} and {mine}; "
+                    f"build all of them with one.",
+                    page="engine-unsupported",
+                )
         return own[0] if own else self._group("tensor_model")
 
     @property
@@ -127,7 +136,11 @@ class MegatronEngine(Engine):
         parameter = owner._parameters[attribute]
         share = self._shares.get(id(parameter))
         if problem := self._no_whole(owner, share):
-            raise LayoutError(f"the full parameter {attribute!r} of {type(owner).__name__} is unknown: {problem}.")
+            raise LayoutError(
+                f"the full parameter {attribute!r} of {type(owner).__name__} is unknown on rank {dist.get_rank()}: "
+                f"{problem}.",
+                page="parameter-unknown",
+            )
         if parameter is None or share is None:
             return None
         local = parameter.detach()

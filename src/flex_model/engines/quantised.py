@@ -43,5 +43,6 @@ def _of_bitsandbytes(layer: nn.Module, packed: Tensor) -> Tensor:
         return packed
     raise LayoutError(
         f"the weight of a {type(layer).__name__} is packed, and its scales are not here; call the model once, or move "
-        f"it to its device first."
+        f"it to its device first.",
+        page="parameter-packed",
     )

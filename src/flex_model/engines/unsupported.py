@@ -18,7 +18,8 @@ def refuse_unsupported(model: nn.Module) -> None:
             raise EngineError(
                 f"{name or 'the model'} is an nn.DataParallel, which runs copies of the model in threads, each on a "
                 f"part of the batch, and forgets the copies. Wrap its .module, and use DistributedDataParallel for "
-                f"several GPUs, or a device_map for one model over several devices."
+                f"several GPUs, or a device_map for one model over several devices.",
+                page="data-parallel",
             )
 
 
@@ -28,5 +29,6 @@ def refuse_transform(hooks: Sequence[str]) -> None:
     if hooks:
         raise EngineError(
             f"{hooks[0]}: the model runs inside a transform of torch.func (vmap, grad, jvp), whose values cannot be "
-            f"captured or exchanged between ranks. Edits on one process work there; capture outside of the transform."
+            f"captured or exchanged between ranks. Edits on one process work there; capture outside of the transform.",
+            page="function-transform",
         )

@@ -103,23 +103,30 @@ def parse_layout(given: object, mesh: ModelMesh, where: str) -> dict[int, Placem
     elif isinstance(given, Sequence) and not isinstance(given, str):
         values = list(given)
     else:
-        raise LayoutError(f"{where}: layout={given!r} is no layout; expected placements, such as {{'tp': Shard(2)}}.")
+        raise LayoutError(
+            f"{where}: layout={given!r} is no layout; expected placements, such as {{'tp': Shard(2)}}.",
+            page="layout-argument",
+        )
     for placement in values:
         if not isinstance(placement, (Shard, _StridedShard, ZigZag, Replicate, Partial)):
-            raise LayoutError(f"{where}: {placement!r} in layout= is no Shard, Replicate or Partial.")
+            raise LayoutError(
+                f"{where}: {placement!r} in layout= is no Shard, Replicate or Partial.", page="layout-argument"
+            )
     if not mesh.axes:
         return {}
     if isinstance(given, Mapping):
         unknown = [n for n in given if n not in mesh.names]
         if unknown:
             raise LayoutError(
-                f"{where}: layout= names the axis {unknown[0]!r}; the model's axes are {list(mesh.names)}."
+                f"{where}: layout= names the axis {unknown[0]!r}; the model's axes are {list(mesh.names)}.",
+                page="layout-argument",
             )
         return {mesh.names.index(n): p for n, p in given.items()}
     if len(values) != len(mesh.axes):
         raise LayoutError(
             f"{where}: layout= has {len(values)} placements; the model's mesh has {len(mesh.axes)} axes "
-            f"{list(mesh.names)}, one placement each is expected."
+            f"{list(mesh.names)}, one placement each is expected.",
+            page="layout-argument",
         )
     return dict(enumerate(values))  # type: ignore[arg-type]
 

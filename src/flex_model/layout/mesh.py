@@ -63,7 +63,11 @@ class ModelMesh:
         self.grid = self._grid(grid)
         where = (self.grid == self.rank).nonzero()
         if len(where) != 1:
-            raise MeshError(f"rank {self.rank} is not exactly once in the model's mesh {self.grid.tolist()}.")
+            raise MeshError(
+                f"rank {self.rank} is not exactly once in the model's mesh {self.grid.tolist()}; "
+                f"pass a mesh= that has every rank once.",
+                page="axes-on-no-mesh",
+            )
         self.coordinate: tuple[int, ...] = tuple(where[0].tolist())
         self.names = tuple(a.name for a in self.axes)
         self.ranks = [int(r) for r in self.grid.flatten().tolist()]
@@ -82,7 +86,10 @@ class ModelMesh:
         if grid is None and len(self.axes) == 1:
             grid = torch.tensor(self.axes[0].ranks)
         if grid is None:
-            raise MeshError(f"the axes {[a.name for a in self.axes]} are not on one mesh; pass mesh= to FlexModel.")
+            raise MeshError(
+                f"the axes {[a.name for a in self.axes]} are not on one mesh; pass mesh= to FlexModel.",
+                page="axes-on-no-mesh",
+            )
         return grid.reshape(shape).to(torch.long)
 
     @cached_property
@@ -126,7 +133,9 @@ class ModelMesh:
 
     def index(self, name: str) -> int:
         if name not in self.names:
-            raise MeshError(f"the model's mesh has no axis {name!r}; its axes are {list(self.names)}.")
+            raise MeshError(
+                f"the model's mesh has no axis {name!r}; its axes are {list(self.names)}.", page="axis-unknown"
+            )
         return self.names.index(name)
 
     @cached_property

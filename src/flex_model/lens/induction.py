@@ -175,7 +175,8 @@ def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]], *, run: RunMod
     for layer, head in heads:
         if not (0 <= layer < len(projections) and 0 <= head < count):
             raise FlexModelError(
-                f"there is no head ({layer}, {head}); there are {len(projections)} layers of {count} heads."
+                f"there is no head ({layer}, {head}); there are {len(projections)} layers of {count} heads.",
+                page="head-unknown",
             )
         by_layer[layer].append(head)
     with ExitStack() as stack:
@@ -209,7 +210,8 @@ def _observe(fm: FlexModel, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = _logits(fm, ids)
     if not acts and not acts.refused:
         raise FlexModelError(
-            f"{names[0]!r} returns no attention probabilities; load it with attn_implementation='eager'."
+            f"{names[0]!r} returns no attention probabilities; load it with attn_implementation='eager'.",
+            page="attention-unknown",
         )
     back = 1 - ids.shape[1] // 2
     scores = [acts[name].float().diagonal(back, -2, -1).mean((0, 2)) for name in names]  # type: ignore[union-attr]
@@ -235,7 +237,8 @@ def _attention_sites(fm: FlexModel) -> list[tuple[str, str]]:
     if not sites:
         raise FlexModelError(
             f"no attention found; expected modules called {', '.join(_ATTENTION)} "
-            f"that hold one of {', '.join(_PROJECTION)}."
+            f"that hold one of {', '.join(_PROJECTION)}.",
+            page="attention-unknown",
         )
     return sites
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Replicate
 
+from flex_model.errors import LayoutError
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts, Shapes, assemble, owners, owns, part_of
@@ -55,8 +56,10 @@ class OneRankRoute:
                     dist.recv(parts[rank], group=group, group_src=rank)
         full = assemble(parts, self.layout, self.mesh)
         if isinstance(full, Parts):
-            raise ValueError(
-                f"the ranks' shapes {list(self.shapes)} make no rectangle, so one rank cannot edit them together"
+            raise LayoutError(
+                f"run='one_rank': the ranks' shapes {list(self.shapes)} make no rectangle, so rank {self.mesh.main} "
+                f"cannot edit them together; use run='every_rank'.",
+                page="no-rectangle",
             )
         return full
 

@@ -98,6 +98,10 @@ def _all(local: Tensor, layout: Layout, mesh: ModelMesh, to_straight: bool) -> T
     for axis, placement in enumerate(layout.placements):
         if isinstance(placement, ZigZag):
             if sum(p.dim == placement.dim for p in layout.placements if isinstance(p, (Shard, ZigZag))) > 1:
-                raise LayoutError(f"dim {placement.dim} is in zig-zag and sharded again; a DTensor cannot hold that.")
+                raise LayoutError(
+                    f"dim {placement.dim} is in zig-zag over {mesh.names[axis]!r} and sharded again, which a DTensor "
+                    f"cannot hold (rank {mesh.rank}); leave run='every_rank' and deliver='main' or 'all'.",
+                    page="zig-zag-sharded-again",
+                )
             local = _Exchange.apply(local, placement.dim, mesh.group(axis), to_straight)
     return local

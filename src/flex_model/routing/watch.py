@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from flex_model.errors import FlexModelError, MismatchError, PeerError
+from flex_model.errors import FlexModelError, MismatchError, PeerError, summary
 from flex_model.routing.pulse import PERIOD, pulse
 
 __all__ = ["Failure", "NoWatch", "Watch", "mark_shared", "wait"]
@@ -105,7 +105,7 @@ class Watch:
         mark_shared(error)
         lines = "".join(traceback.format_exception(error))
         place = _name(self.place or self.passed)
-        text = f"{type(error).__name__}: {error}".rstrip(": ")
+        text = summary(error)
         self._post(Failure("error", self.rank, place, self.call, text, lines))
         self.leave()
 
