@@ -85,10 +85,19 @@ def test_no_code_comes_with_a_model() -> None:
     assert '"use_safetensors": True' in (SOURCE / "cli_start.py").read_text()
 
 
+def _imported(tree: ast.Module) -> set[str]:
+    nodes = list(ast.walk(tree))
+    return {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
+        n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)
+    }
+
+
 def test_nothing_is_served() -> None:
-    served = [(f, c) for f, c, n in _calls() if c.rpartition(".")[2] in SERVERS and f not in ("core/register.py",)]
-    mine = ("bind", "Engines.listen", "known.listen")  # of hooks and of engines, not of sockets
-    assert [s for s in served if s[1] not in mine] == [("check/pause.py", "socket.create_server")]
+    able = {f for f, tree in TREES.items() if {"socket", "socketserver", "http.server", "asyncio"} & _imported(tree)}
+    assert able == {"check/pause.py", "check/doctor.py", "cli_processes.py"}
+    served = [(f, c) for f, c, _ in _calls() if c.rpartition(".")[2] in SERVERS and f in able]
+    assert served == [("check/pause.py", "socket.create_server")]
+    assert not [f for f, c, _ in _calls() if c.rpartition(".")[2] == "TCPStore"]
     server = next(n for f, c, n in _calls() if c == "socket.create_server")
     assert ast.unparse(server.args[0]) == "('127.0.0.1', port)"
     texts = [n.value for t in TREES.values() for n in ast.walk(t) if isinstance(n, ast.Constant)]
