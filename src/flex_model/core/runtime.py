@@ -469,7 +469,7 @@ class Runtime:
             self.backward.arm_outputs(call, output)
         call.staged, call.claims = [], {}
         call.drop_inputs()
-        if call.place is None and self.missed.looks:
+        if call.place is None and self.missed.looks(call.index):
             self.missed.after_call(module, output)
 
     @property
