@@ -58,6 +58,7 @@ class Staged:
     selected: bool = False  # the hook's selection was made
     microbatch: int = 0
     occurrence: int = 0  # which firing of its module within a microbatch
+    idle: bool = False  # of a forward that runs for other ranks only
     batch: BatchDim | None = None  # where a step's microbatches are put together
     rows: tuple[Gathered, ...] = ()  # of which tokens and experts, where rows are tokens at experts
 
@@ -72,6 +73,7 @@ class ActiveCall:
     kwargs: dict[str, Any]
     grad_mode: bool = False
     place: tuple[int, int] | None = None  # (stage, microbatch) in a pipeline's step
+    idle: bool = False  # it runs for other ranks only, and has no rows
     depth: int = 0  # how often its module runs inside its own forward at the moment
     staged: list[Staged] = field(default_factory=list)
     claims: dict[Form, Claim] = field(default_factory=dict)

@@ -137,7 +137,7 @@ def fire(runtime: Runtime, bound: Bound, leaf: Leaf, call: ActiveCall, occurrenc
     """Capture and edit one value; the tensor to go on with, or None for the one that came."""
     recomputed = in_backward() != -1
     if not recomputed:
-        bound.fired += 1
+        bound.fired += not call.idle
         runtime.watch.passed = bound
     value, rows = leaf.tensor, gathered(bound, leaf.tensor, call)
     form = form_of(runtime, bound, leaf.index, value, occurrence, rows)
@@ -227,11 +227,12 @@ def _edit(
         _stage(runtime, bound, plain(value.detach()), form, layout, call, key, rows)
     if bound.attached:
         return _attach(runtime, bound, value, layout, key, capturing, call, rows)
-    _check_lockstep(runtime, bound, layout, call)
+    if not recomputed:  # its forward has met the others
+        _check_lockstep(runtime, bound, layout, call)
     call.edited = True
     if not recomputed and layout.moving_axes and runtime.lockstep and bound.hook.run != "sharded":
         runtime.outbox.status.edits.append(bound.where)
-    runtime.context.even_axes = _even_axes(runtime, layout, call)
+    runtime.context.even_axes = _even_axes(runtime, layout, call, bound.axes)
     description = (
         call.describe(whole_experts(runtime, layout, rows)) if bound.wants_call else Call(call.index, call.microbatch)
     )
@@ -284,8 +285,11 @@ def _attach(
 
 
 def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: ActiveCall) -> None:
-    if not runtime.mesh.axes or runtime.lockstep or bound.hook.run == "sharded":
+    if not runtime.mesh.axes or bound.hook.run == "sharded":
         return
+    with torch.set_grad_enabled(call.grad_mode):  # checkpointing turns gradients off in a training step
+        if runtime.lockstep:
+            return
     needs = [
         runtime.mesh.names[i]
         for i in layout.sharded_axes
@@ -300,10 +304,13 @@ def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: Active
         )
 
 
-def _even_axes(runtime: Runtime, layout: Layout, call: ActiveCall) -> frozenset[int]:
+def _even_axes(
+    runtime: Runtime, layout: Layout, call: ActiveCall, axes: tuple[int, ...] | None = None
+) -> frozenset[int]:
     """Axes along which all input shapes are equal in this call; asked once a call, when a data axis is first needed."""
     mesh = runtime.mesh
-    if not any(mesh.axes[i].kind == "data" and i not in layout.parted for i in layout.sharded_axes):
+    met = [i for i in layout.sharded_axes if i not in layout.parted and (axes is None or i in axes)]
+    if not any(mesh.axes[i].kind == "data" for i in met):
         return frozenset()
     if call.even_axes is None:
         low, high = extremes(torch.tensor([call.shapes_mark()]), mesh.world, runtime.device_of_values)

@@ -110,6 +110,7 @@ class FlexModel(nn.Module):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         runtime = self._runtime
+        outer = runtime.active  # a hook may call the model
         before, runtime.direct = runtime.direct, any(b.enabled for b in runtime.bounds)
         runtime.last_inputs = (args, kwargs) if runtime.whole.axes else ((), {})
         try:
@@ -118,7 +119,7 @@ class FlexModel(nn.Module):
             return self.module(*args, **kwargs)
         finally:
             runtime.direct = before
-            if runtime.active is not None and not runtime.quiet:  # torch runs no hook after KeyboardInterrupt
+            if runtime.active not in (None, outer) and not runtime.quiet:  # torch runs no hook after KeyboardInterrupt
                 runtime.abandon(sys.exc_info()[1])
 
     @property

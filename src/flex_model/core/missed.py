@@ -52,12 +52,13 @@ class Missed:
         self._told: set[Bound] = set()
         self.walkers: list[Bound] = []  # whose values the next call's graph is searched for
         self._frames, self._before = frames_compiled(), list[Pending]()  # as the call began
+        self._armed = 0  # the number of calls as hooks were put on
+        self._whole = False  # whether a call was over since that had begun after it
         self.known: set[tuple[str, str]] = set()  # sites whose gradients have been met
 
-    @property
-    def looks(self) -> bool:
-        """Whether something is to be looked at when this call is over."""
-        return bool(self.pending or self.walkers) or self._frames != frames_compiled()
+    def looks(self, call: int) -> bool:
+        """Whether something is to be looked at when this call is over, whose hooks were on when it began."""
+        return bool(self.pending or self.walkers or self._frames != frames_compiled()) and self._armed <= call
 
     def before_call(self) -> None:
         """The compiler is there: should it meet the model in this call, hooks that have fired before may be missed."""
@@ -69,11 +70,13 @@ class Missed:
         """These hooks are on: look at them until each has fired."""
         on = [b for b in enabled if not b.temporary and b not in self._told and self._tries.get(b, 0) < PATIENCE]
         self.pending = [(b, _count(b)) for b in on]
+        self._armed, self._whole = self.runtime.calls, False
         wanted = [b for b in enabled if b.side != "param" and (b.is_gradient or b.gradient_sink is not None)]
         self.walkers = [b for b in wanted if not b.reached and (b.name, b.side) not in self.known]
 
     def after_call(self, module: nn.Module | None, output: Any = None) -> None:
         """A forward of ``module`` is over, or a pipeline's step: which values were missed in it?"""
+        self._whole = True
         if self.walkers and torch.is_grad_enabled() and module is not None:
             _mark_cut(self.walkers, output)
             self.walkers = []
@@ -93,7 +96,7 @@ class Missed:
         """A backward is over: which gradients were missed in it?"""
         self.backwards += 1
         pending = [p for p in self.pending if _count(p[0]) == p[1]]
-        self._look([b for b, _ in pending if b.is_gradient], pending)
+        self._look([b for b, _ in pending if b.is_gradient and (b.met or self._whole)], pending)
 
     def _look(self, missing: Sequence[Bound], pending: list[Pending]) -> None:
         """Tell of those that will never fire; the others are looked at in some more calls."""

@@ -19,7 +19,7 @@ from flex_model.core.call import Staged
 from flex_model.core.inference import Form
 from flex_model.core.ragged import Identity, give, refusal, unnamed
 from flex_model.core.status import Status, told_to_all
-from flex_model.core.uneven import align
+from flex_model.core.uneven import align, without_rows
 from flex_model.errors import FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout
@@ -177,6 +177,8 @@ class Outbox:
             assert found is not None
             layout = found
         local, finish = staged.local, None
+        if staged.idle:
+            local = local.new_empty(without_rows(local.shape, layout, self.runtime.mesh))
         if bound.selection is not None and not staged.selected:
             if (error := refusal(self.runtime, bound, local, layout)) is not None:
                 refused.append((bound, staged.key, error))

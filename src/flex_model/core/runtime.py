@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,9 @@ __all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
 _initialized = dist.is_initialized if dist.is_available() else lambda: False
+
+
+_runtimes: WeakSet[Runtime] = WeakSet()
 
 
 def _as_it_is(hook: Any) -> Any:
@@ -110,6 +113,7 @@ class Runtime:
         # values whose layouts hooks need, in forwards without gradients and with
         self._wanted: tuple[dict[tuple[str, str, str], nn.Module], ...] = ({}, {})
         self._mark: object = None
+        _runtimes.add(self)
         self.refresh()
         Engines.listen(self.steps)
 
@@ -371,6 +375,7 @@ class Runtime:
                 self.agree()
         grad_mode = torch.is_grad_enabled()
         self.active = ActiveCall(module, index, args, kwargs, grad_mode, self.steps.place, bounds=self.enabled)
+        self.active.idle = bool(self.whole.axes) and not grad_mode and Engines.keeps_company()
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
         self.missed.calls[id(module)] = self.calls
         if "torch._dynamo" in sys.modules:
@@ -388,13 +393,15 @@ class Runtime:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Forwards in here are nobody's call: no hook of ours does anything."""
-        before = self.quiet, self.active, self.fast_call
-        self.quiet, self.active, self.fast_call = True, None, None
+        before = [(r, r.quiet, r.active, r.fast_call) for r in _runtimes]  # parts of the model may be wrapped, too
+        for runtime in _runtimes:
+            runtime.quiet, runtime.active, runtime.fast_call = True, None, None
         try:
             with self.engines.undisturbed(), self.uncompiled():
                 yield
         finally:
-            self.quiet, self.active, self.fast_call = before
+            for runtime, quiet, active, fast_call in before:
+                runtime.quiet, runtime.active, runtime.fast_call = quiet, active, fast_call
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -455,7 +462,7 @@ class Runtime:
         else:
             call.staged = merge(call.staged, self.mesh)
             for staged in call.staged:
-                staged.forward = self.outbox.forwards
+                staged.forward, staged.idle = self.outbox.forwards, call.idle
             self.outbox.forwards += 1
             self.outbox.waiting += call.staged
             for form, claim in call.claims.items():
@@ -469,7 +476,7 @@ class Runtime:
             self.backward.arm_outputs(call, output)
         call.staged, call.claims = [], {}
         call.drop_inputs()
-        if call.place is None and self.missed.looks:
+        if call.place is None and self.missed.looks(call.index):
             self.missed.after_call(module, output)
 
     @property

@@ -184,7 +184,8 @@ class Steps:
             inside = any(m is runtime.modules for part in runtime.engines.parts.values() for m in part.modules())
             runtime.modules.complete(runtime.whole, runtime.mesh, 1 if inside else step.divide, step.before)
         runtime.outbox.point(edited=True)
-        runtime.missed.after_call(None)
+        if runtime.missed.looks(step.index):
+            runtime.missed.after_call(None)
         if backward:
             runtime.missed.after_backward()
 

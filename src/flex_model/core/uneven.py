@@ -9,12 +9,13 @@ from flex_model.core.call import Staged
 from flex_model.core.ragged import stand_ins, stub_of
 from flex_model.errors import LayoutError
 from flex_model.layout.layout import Layout, shard_dim
+from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.collectives import all_gather_objects
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["align"]
+__all__ = ["align", "without_rows"]
 
 
 def align(runtime: Runtime, staged: list[Staged], forwards: int) -> list[Staged]:
@@ -64,11 +65,17 @@ def _empty(runtime: Runtime, like: Staged, shape: tuple[int, ...]) -> Staged:
     """The part of a rank that did not run a forward: no rows."""
     assert like.layout is not None or like.form is not None
     found = like.layout if like.layout is not None else runtime.inference.known[like.form]  # type: ignore[index]
-    sizes = list(shape)
-    for i in found.sharded_axes if isinstance(found, Layout) else ():
-        if runtime.mesh.axes[i].kind == "data":
-            sizes[shard_dim(found.placements[i]) or 0] = 0  # type: ignore[union-attr]
+    sizes = without_rows(shape, found, runtime.mesh) if isinstance(found, Layout) else shape
     return Staged(like.bound, like.key, like.local.new_empty(sizes), like.form, like.layout)
+
+
+def without_rows(shape: tuple[int, ...], layout: Layout, mesh: ModelMesh) -> tuple[int, ...]:
+    """The shape of a part that has nothing of the batch."""
+    sizes = list(shape)
+    for i in layout.sharded_axes:
+        if mesh.axes[i].kind == "data":
+            sizes[shard_dim(layout.placements[i]) or 0] = 0
+    return tuple(sizes)
 
 
 def _runs_together(place: tuple[str, str, int], everyone: Sequence[tuple[int, list[Any], Any]]) -> bool:

@@ -22,6 +22,7 @@ from flex_model.engines.experts import ExpertsEngine
 from flex_model.engines.fairscale import FairscaleEngine
 from flex_model.engines.fsdp1 import FSDP1Engine
 from flex_model.engines.fsdp2 import FSDP2Engine
+from flex_model.engines.generation import keeps_company
 from flex_model.engines.grid import beside, named_apart, on_grid
 from flex_model.engines.hf import TransformersEngine
 from flex_model.engines.megatron import MegatronEngine
@@ -120,6 +121,11 @@ class Engines:
     @property
     def sequence_order(self) -> Order | None:
         return next((order for e in self.found if (order := e.sequence_order) is not None), None)
+
+    @staticmethod
+    def keeps_company() -> bool:
+        """Whether the forward that begins now is no call of this rank, and runs for the others only."""
+        return keeps_company()
 
     @staticmethod
     def switched_on() -> object:
