@@ -159,11 +159,13 @@ def _loopback(port: int) -> tuple[TextIO, TextIO, list[Any]]:
         while True:
             connection, _ = server.accept()
             connection.settimeout(30.0)
-            stream = connection.makefile("rw", buffering=1, encoding="utf-8", newline="\n")
+            source = connection.makefile("r", encoding="utf-8", newline="\n")
             with suppress(OSError, UnicodeDecodeError):
-                if hmac.compare_digest(stream.readline(100).strip().encode(), word.encode()):
+                if hmac.compare_digest(source.readline(100).strip().encode(), word.encode()):
                     connection.settimeout(None)
-                    return stream, stream, [stream, connection]  # type: ignore[return-value]
+                    sink = connection.makefile("w", buffering=1, encoding="utf-8")
+                    return source, sink, [source, sink, connection]
+            source.close()
             connection.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from flex_model.check.run import Place, Run, What
 from flex_model.core.captured import Captured
 from flex_model.core.globs import Pattern
 from flex_model.core.hook_function import Site
+from flex_model.errors import MissedHookWarning
 from flex_model.routing.collectives import all_gather_objects
 
 if TYPE_CHECKING:
@@ -64,6 +66,9 @@ def record(
             after = enter(fm.capture(patterns, hook_type="full_backward_pre", unpack_idx="all", deliver="local"))
         enter(_watched(fm._runtime, events))
         yield run
+        with warnings.catch_warnings():  # of all modules, some have no value or no gradient
+            warnings.simplefilter("ignore", MissedHookWarning)
+            stack.close()
     found = _ordered(events, outputs, after, before)
     measured = dict(zip(found, measure(list(found.values())), strict=True))
     refused = _refused(outputs, "value") | _refused(after, _AFTER) | _refused(before, _BEFORE)

@@ -12,7 +12,7 @@ from flex_model.errors import FlexModelError
 __all__ = ["CheckFailed", "Report", "Row", "Status"]
 
 Status = Literal["ok", "fail", "refused", "not run"]
-_MOST = 5
+_MOST = 3
 _COLUMNS = ("status", "check", "where", "what was found", "what to do")
 
 
@@ -76,13 +76,15 @@ class Report:
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """At most ``_MOST`` rows a check and status: the first are what matters."""
+    """At most ``_MOST`` rows a check and status, and each advice once: the first are what matters."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.check, row.status), []).append(row)
     cells = []
     for (name, status), found in groups.items():
-        cells += [[row.status, row.check, row.where, row.found, row.advice] for row in found[:_MOST]]
+        for row, before in zip(found[:_MOST], [None, *found], strict=False):
+            advice = "" if before is not None and before.advice == row.advice else row.advice
+            cells.append([row.status, row.check, row.where, row.found, advice])
         if len(found) > _MOST:
             cells.append([status, name, f"and {len(found) - _MOST} more", "", ""])
     return cells
