@@ -386,7 +386,7 @@ class Count(nn.Module):
 
 
 GRADIENTS = {
-    "frozen": "its value does not require a gradient: all that it was made from is frozen",
+    "frozen": "its value does not require a gradient: what it was made from is frozen, or has none",
     "quiet": "it ran with gradients turned off",
     "lost": "nothing that the model returned depends on it with a graph",
 }

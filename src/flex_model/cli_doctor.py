@@ -36,7 +36,6 @@ class Visit:
     model: str
     folder: Path | None  # None: the toy
     tp: int
-    as_json: bool
 
 
 def doctor(
@@ -58,7 +57,7 @@ def doctor(
             require(["transformers", "safetensors", "accelerate"], install="'flex-model[hf]'")
             folder = find_model(model, cache)
             check_split(folder, tp)
-    visit = Visit(model, folder, tp, as_json)
+    visit = Visit(model, folder, tp)
     with told(1):
         found = visited(visit) if tp == 1 or started() else launch(visited, visit, tp)[0]
     if int(os.environ.get("RANK", 0)) == 0:

@@ -100,7 +100,7 @@ def watch_gradient(
         return None
     if not value.requires_grad:
         if not any(b.gradient_sink is not None for b, _ in watchers):
-            _unwatched(watchers, "its value does not require a gradient: all that it was made from is frozen")
+            _unwatched(watchers, "its value does not require a gradient: what it was made from is frozen, or has none")
             return None
         value = value.detach().requires_grad_().clone()
     bound = watchers[0][0]

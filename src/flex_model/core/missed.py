@@ -189,8 +189,15 @@ class Block:
         reasons = Reasons(missed.runtime)
         found = [(b, self._reason(missed, reasons, b)) for b in lacking]
         self._said = {b: r.text for b, r in found}
-        missed.tell([(b, r) for b, r in found if not r.quiet], " in this block")
+        missed.tell([(b, r) for b, r in found if not (r.quiet or self._has_none(b))], " in this block")
         missed.forget(self._bounds)
+
+    def _has_none(self, bound: Bound) -> bool:
+        """Whether it is one of many whose gradients came, and nothing in it is frozen: positions, say, have none."""
+        if not (bound.is_gradient and bound.met and bound.met not in (WATCHED, CUT)) or bound.edit is not None:
+            return False
+        frozen = bound.module is None or any(True for _ in bound.module.parameters())
+        return not frozen and any(b.reached for b in self._bounds)
 
     def _lacks(self, missed: Missed, bound: Bound) -> bool:
         if bound.told:
