@@ -11,6 +11,7 @@ import random
 import socket
 import time
 import uuid
+import weakref
 from datetime import datetime
 from typing import Any
 
@@ -461,6 +462,13 @@ def appended(x):
 @bad("FM142", "FM143")
 def appended_with_graph(x):
     SEEN.append(x)
+
+
+@bad("FM142")
+def without_its_graph(x):
+    SEEN.append(weakref.ref(x))
+    SEEN.append(str(x.norm()))
+    SEEN.append(np.asarray(x.detach()))
 
 
 @bad("FM143", run="one_rank")

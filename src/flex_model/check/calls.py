@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import random as python_random
+import weakref
 from types import FunctionType
 from typing import Any
 
@@ -260,6 +261,12 @@ class Calls(Expressions):
             return Value(kind="number", of_input=given.first.of_input, varies=given.first.varies)
         if thing in _BUILTINS_ABOUT:
             return Value(kind="about")
+        if thing in _TEXTS:
+            if given.first.is_data and given.first.kind == "tensor":
+                self.notes.data(what, line, self.inside)
+            return Value(kind="text", of_input=given.first.of_input, varies=given.first.varies)
+        if str(getattr(thing, "__module__", "") or "").partition(".")[0] in _WITHOUT_GRAPH:
+            return mixed(*given.all).but(graph=False)
         if thing is setattr and given.first.outside and not given.first.role:
             self.notes.state(what, line, self.inside, guarded=self.guarded > 0, kept=mixed(*given.all))
             return UNKNOWN
@@ -431,5 +438,7 @@ class _Among:
         return any(thing is t for t in self.things)
 
 
+_TEXTS = _Among(str, repr, format)
+_WITHOUT_GRAPH = ("numpy", "math", "scipy", "pandas", "sklearn", "statistics", "json")
 _SEQUENCES = _Among(tuple, list, dict, set)
-_BUILTINS_ABOUT = _Among(len, isinstance, type, hasattr, callable, id, range, issubclass)
+_BUILTINS_ABOUT = _Among(len, isinstance, type, hasattr, callable, id, range, issubclass, weakref.ref, weakref.proxy)

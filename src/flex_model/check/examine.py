@@ -44,7 +44,7 @@ def examine(
         four = adapt_editing_function(fn, "").uses_context
     except RegistrationError as error:
         line = getattr(getattr(fn, "__code__", None), "co_firstlineno", 0)
-        sentence = str(error).removeprefix(": ")
+        sentence = error.message.removeprefix(": ")
         return [finding("FM101", f"{name_of(fn)}, line {line}: {sentence}", line)]
     target = target_of(fn)
     if target is None:

@@ -29,7 +29,7 @@ from flex_model.core.hook_function import Call, HookFunction, adapt_editing_func
 from flex_model.core.in_place import may_write
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.trainable import TrainableModules
-from flex_model.errors import EditError, RegistrationError, ShapeError
+from flex_model.errors import EditError, FlexModelError, RegistrationError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.routing.selection import Selection
 from flex_model.routing.straight import straight_layout
@@ -244,7 +244,7 @@ def _asked(bound: Bound, full: Tensor, save_ctx: Any, modules: Any, call: Call, 
         try:
             refuse_write(bound)
         except EditError as error:
-            return finding("FM131", str(error), line)
+            return finding("FM131", error.message, line)
     if out is None:
         return None
     if isinstance(full, DTensor) and isinstance(out, Tensor) and not isinstance(out, DTensor):
@@ -254,7 +254,7 @@ def _asked(bound: Bound, full: Tensor, save_ctx: Any, modules: Any, call: Call, 
         check_answer(bound, value, out)
     except ShapeError as error:
         code = "FM103" if not isinstance(out, Tensor) else "FM161" if out.shape != value.shape else "FM162"
-        return finding(code, str(error), line)
+        return finding(code, error.message, line)
     if out.device != value.device:
         sentence = (
             f"{bound.where}: the editing function returned a tensor on {out.device}, expected {value.device}; "
@@ -266,7 +266,8 @@ def _asked(bound: Bound, full: Tensor, save_ctx: Any, modules: Any, call: Call, 
 
 def _raised(bound: Bound, error: Exception) -> tuple[Finding | None, str]:
     """(what is wrong, why nothing can be said): what asks for numbers is not wrong."""
-    text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+    told = error.message if isinstance(error, FlexModelError) else str(error)
+    text = (told.strip().splitlines() or [""])[0][:200].rstrip(".")
     place = _place_of(bound, error)
     where = f" at line {place}" if place else ""
     if isinstance(error, (*_NEEDS_NUMBERS, NotImplementedError)):
