@@ -83,6 +83,8 @@ class Tally:
 def check(case: Case, world: World, tally: Tally) -> None:
     """A wrong value, a hang and an error that no rule allows are failures."""
     outcomes = world.ask(case)
+    if any(o.broken for o in outcomes):
+        world.close()
     problems = [f"rank {r}: {p}" for r, o in enumerate(outcomes) for p in o.problems]
     reasons = set()
     for told in (t for o in outcomes for t in o.refused):

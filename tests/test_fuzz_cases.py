@@ -136,7 +136,11 @@ def worlds() -> Iterator[dict[int, World]]:
 
 
 def _outcomes(case: Case, worlds: dict[int, World]) -> list[Outcome]:
-    return worlds[{"solo": 1, "hsdp": 4}.get(case.scene.engine, 2)].ask(case)
+    world = worlds[{"solo": 1, "hsdp": 4}.get(case.scene.engine, 2)]
+    outcomes = world.ask(case)
+    if any(o.broken for o in outcomes):
+        world.close()
+    return outcomes
 
 
 def _main_alone() -> str:
