@@ -97,7 +97,7 @@ class Runtime:
         self.steps = Steps(self)
         self.missed = Missed(self)
         self._compiled = Compiled()
-        self._around: list[nn.Module] = []  # the modules that hold hooked ones
+        self._around: list[weakref.ref[nn.Module]] = []  # the modules that hold hooked ones, the wrapper among them
         self._handles: list[Any] = []
         self._entry_handles: list[Any] = []
         self._parameter_handles: list[Any] = []
@@ -294,13 +294,14 @@ class Runtime:
 
     def _step_aside(self, enabled: Iterable[Bound]) -> None:
         around = {id(m): m for name in {b.name for b in enabled} for m in self.around(name)}
-        self._around = list(around.values())
-        self._compiled.step_aside(self._around)
+        self._around = [weakref.ref(m) for m in around.values()]
+        self._compiled.step_aside(around.values())
 
     def compiled_late(self) -> None:
         """What was compiled since hooks were put on steps aside now, if it can be seen without a call."""
-        if any(m._compiled_call_impl is not None for m in self._around):
-            self._compiled.step_aside(self._around)
+        around = [m for ref in self._around if (m := ref()) is not None]
+        if any(m._compiled_call_impl is not None for m in around):
+            self._compiled.step_aside(around)
 
     def around(self, name: str) -> Iterator[nn.Module]:
         """All modules that hold the one of a clean name, the wrapper included."""
