@@ -108,16 +108,17 @@ def _problems(site: str, hook_type: str, run: str, trainable: bool, expected: bo
 
 
 def _llama(ddp: bool, few: bool) -> tuple[int, list[str]]:
-    """Every site, hook type and way to run. ``few``: one way in turn, half of the places with DDP and half without."""
+    """Every site, hook type and way to run; every other forward edit uses a trainable module, and every other two are
+    told the shape. ``few``: every hook type and way to run, each at one of the sites, at others with DDP."""
     tried, wrong = 0, []
-    for i, site in enumerate(SITES):
-        for hook_type in TYPES.get(site, parity.TYPES):
-            for j, run in enumerate(RUNS):
-                if few and ((i + j) % 3 or (i + parity.TYPES.index(hook_type) + ddp) % 2):
-                    continue
+    for t, hook_type in enumerate(parity.TYPES):
+        sites = [s for s in SITES if hook_type in TYPES.get(s, parity.TYPES)]
+        for j, run in enumerate(RUNS):
+            for i, site in enumerate([sites[(3 * t + j + 2 * ddp) % len(sites)]] if few else sites):
                 tried += 1
-                trainable = "backward" not in hook_type and (i + j + ddp) % 2 == 1
-                found = _problems(site, hook_type, run, trainable, bool(tried % 2), ddp)
+                turn = i + j + t
+                trainable = "backward" not in hook_type and (turn + ddp) % 2 == 1
+                found = _problems(site, hook_type, run, trainable, turn // 2 % 2 == 1, ddp)
                 if found:
                     wrong.append(f"{site} {hook_type} {run} trainable={trainable}: {found[:3]}")
     return tried, wrong
