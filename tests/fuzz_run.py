@@ -36,8 +36,8 @@ _placed: dict[Scene, engines.Placed] = {}
 
 @dataclass
 class Outcome:
-    """What this rank found. ``refused``: messages of errors by name; ``values``: how many were compared; ``broken``: the
-    engine was left in the middle of something, so that this world should run no further case."""
+    """What this rank found. ``refused``: messages of errors by name; ``values``: how many were compared; ``broken``:
+    the engine was left in the middle of something, so that this world should run no further case."""
 
     problems: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
