@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def end_of(fn: Callable[..., Any], *args: Any) -> End:
 
 def _child(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Any) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a command has put there is forked along
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60)
