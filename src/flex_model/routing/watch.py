@@ -282,8 +282,9 @@ def wait(work: Any, tensor: Tensor) -> None:
             work.wait(_PATIENCE)
             return
         except RuntimeError:
-            if work.is_completed():
-                raise
+            if work.is_completed():  # it has failed, or has come to its end just after this wait did
+                work.wait()
+                return
         if _current is not None:
             _current.waiting(time.monotonic() - start)
 
