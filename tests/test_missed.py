@@ -8,6 +8,7 @@ from typing import Any
 
 import engines
 import models
+import pipelines
 import pytest
 import torch
 import torch.nn.functional as F
@@ -451,6 +452,31 @@ def test_gradients_that_a_capture_missed(name: str) -> None:
     assert len(said(with_values)) == (name not in ("count", "frozen"))
 
 
+class Positions(nn.Module):
+    """Positions have no gradient, and that is no fault."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.rotary = nn.Linear(8, 8), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(x) * self.rotary(torch.ones(8))
+
+
+def test_what_has_no_gradient_among_many_that_have_one() -> None:
+    fm = FlexModel(Positions(), {})
+
+    def run(pattern: str) -> None:
+        with fm.capture(pattern, hook_type="full_backward_pre") as acts:
+            fm(X).sum().backward()
+        with pytest.raises(DeliveryError, match="does not require a gradient"):
+            acts["rotary"]
+
+    assert not said(lambda: run("*")) and len(said(lambda: run("rotary"))) == 1
+    fm.register_full_backward_pre_hook(HookFunction("rotary"))
+    assert len(said(lambda: fm(X).sum().backward())) == 1
+
+
 def test_no_backward_ran() -> None:
     fm = FlexModel(models.net(), {})
     handle = fm.register_full_backward_hook(HookFunction("head"))
@@ -496,6 +522,29 @@ def _of_an_engine(engine: str) -> list[Any]:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp1_orig", "fsdp2", "tp", "sp"])
 def test_under_an_engine(engine: str) -> None:
     assert run_world(2, _of_an_engine, engine) == [[1, True, True]] * 2
+
+
+def _of_a_pipeline(schedule: str) -> list[Any]:
+    """Told of on the stage that holds the module, after the step; what is on other stages is their matter."""
+
+    def prepare(part: nn.Module) -> nn.Module:
+        if part.emb is not None:
+            part.extra = nn.Tanh()
+        return part
+
+    pipe = pipelines.Pipe(models.net(layers=4), schedule, prepare=prepare)
+    run, fm = pipe.schedule(), FlexModel(pipe.module, {})
+    fm.register_forward_hook(HookFunction("extra"))
+    for name in ("layers.0.mlp", "layers.3", "head"):
+        fm.register_forward_hook(HookFunction(name))
+    fm.register_full_backward_pre_hook(HookFunction("layers.3.mlp"))
+    ids = models.tokens(batch=8)
+    return [len(said(lambda: [pipelines.step(run, ids) for _ in range(2)])), len(said(fm.restore))]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+def test_in_a_pipeline(schedule: str) -> None:
+    assert run_world(2, _of_a_pipeline, schedule) == [[1, 0], [0, 0]]
 
 
 # -- compilation ---------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def test_generate(how: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(fm.output_ptr["lm_head"], heads, strict=True))
 
 
-def _stopping(engine: str, synced: bool, rest: int) -> list[Any]:
+def _stopping(engine: str, synced: bool, how: dict[str, Any]) -> list[Any]:
     """Rank 0's sequences end early: what it runs for the others' sake is no call, and has no rows."""
     rank = dist.get_rank()
     batch = models.inputs("llama", 4, 5)
@@ -182,7 +182,7 @@ def _stopping(engine: str, synced: bool, rest: int) -> list[Any]:
             fully_shard(layer)
         model = fully_shard(model)
     fm = FlexModel(DDP(model) if engine == "ddp" else model, {}, deliver="all")
-    fm.register_forward_hook(HookFunction("model.layers.1", capture=False, editing_function=lambda x: x, axes=()))
+    fm.register_forward_hook(HookFunction("model.layers.1", capture=False, editing_function=lambda x: x * 1.0, **how))
     mine_now = {k: v.chunk(2)[rank] for k, v in batch.items()}
     with fm.capture("model.norm") as acts:
         fm.generate(**mine_now, **settings, max_new_tokens=lengths[rank], synced_gpus=synced)
@@ -193,10 +193,20 @@ def _stopping(engine: str, synced: bool, rest: int) -> list[Any]:
     return [ok, [tuple(g.shape) for g in got], [r.fired for r in fm.hooks()]]
 
 
-@pytest.mark.parametrize(("engine", "synced"), [("ddp", False), ("ddp", True), ("fsdp2", True)])
-def test_generate_where_ranks_stop_at_different_steps(engine: str, synced: bool) -> None:
+CASES = [(e, synced, {"axes": ()}) for e, synced in (("ddp", False), ("ddp", True), ("fsdp2", True))]
+CASES += [("ddp", True, {"run": "sharded"}), ("fsdp2", True, {"run": "sharded"})]
+
+
+def test_a_sharded_edit_tells_its_sizes_and_needs_equal_steps() -> None:
+    """A DTensor knows its whole shape: without ``synced_gpus`` the rank that goes on is told that nobody comes."""
+    with pytest.raises(AssertionError, match="MismatchError: rank 0 comes with 2 hooks .*which rank 1 does not have"):
+        run_world(2, _stopping, "ddp", False, {"run": "sharded"})
+
+
+@pytest.mark.parametrize(("engine", "synced", "how"), CASES)
+def test_generate_where_ranks_stop_at_different_steps(engine: str, synced: bool, how: dict[str, Any]) -> None:
     shapes = [(4, 5, 32), (4, 1, 32)] + [(2, 1, 32)] * 3
-    assert run_world(2, _stopping, engine, synced, 0) == [[True, shapes, [2]], [True, shapes, [5]]]
+    assert run_world(2, _stopping, engine, synced, how) == [[True, shapes, [2]], [True, shapes, [5]]]
 
 
 # -- several wrappers ----------------------------------------------------------------------------------------------
