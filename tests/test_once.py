@@ -199,7 +199,7 @@ CASES += [("ddp", True, {"run": "sharded"}), ("fsdp2", True, {"run": "sharded"})
 
 def test_a_sharded_edit_tells_its_sizes_and_needs_equal_steps() -> None:
     """A DTensor knows its whole shape: without ``synced_gpus`` the rank that goes on is told that nobody comes."""
-    with pytest.raises(AssertionError, match="MismatchError: rank 0 comes with 2 hooks .*which rank 1 does not have"):
+    with pytest.raises(AssertionError, match=r"MismatchError: rank 0 comes with 2 hooks .*which rank 1 does not have"):
         run_world(2, _stopping, "ddp", False, {"run": "sharded"})
 
 
