@@ -266,11 +266,11 @@ def cases(draw: st.DrawFn, engines: tuple[str, ...]) -> Case:
     for _ in range(draw(st.integers(1, 4))):
         placed.append(draw(hooks(scene, len(several), (placed[-1].name, placed[-1].side) if placed else ("", ""))))
     case = Case(scene, tuple(placed), several, draw(st.sampled_from(["all", "main", "local"])), draw(st.booleans()))
-    case = replace(case, rounds=tuple(draw(_with_groups(case, i)) for i in range(len(several))))
-    parameters = [h for h in case.hooks if h.kind == "tensor"]
     if scene.recompute == "reentrant" and (scene.repeat > 1 or any(r.backward == "together" for r in case.rounds)):
         # every use of a parameter has a backward, and a gradient, of its own there: with torch's hooks, too
         case = replace(case, hooks=tuple(h for h in case.hooks if h.kind != "tensor") or (Hook("norm"),))
+    case = replace(case, rounds=tuple(draw(_with_groups(case, i)) for i in range(len(several))))
+    parameters = [h for h in case.hooks if h.kind == "tensor"]
     if scene.engine.startswith("ddp") and scene.recompute == "reentrant":
         once = {"together": "each"}
         case = replace(case, rounds=tuple(replace(r, backward=once.get(r.backward, r.backward)) for r in case.rounds))
