@@ -71,8 +71,8 @@ def scenes(draw: st.DrawFn, engines: tuple[str, ...]) -> Scene:
     if recompute == "reentrant" and (value != ("x",) or named is not None):
         recompute = "plain"  # torch's reentrant kind sees tensors among the arguments only
     repeat = draw(st.sampled_from([1, 1, 1, 2]))
-    if engine.startswith("ddp") and recompute == "reentrant":
-        repeat = 1  # its reducer takes one recomputation of a parameter's module
+    if engine in DATA and recompute == "reentrant":
+        repeat = 1  # reducers take one recomputation of a parameter's module, without any hooks as well
     uneven = engine in ("solo", "ddp", "fsdp2", "tp_dtensors")
     rough = {"signs", "mask"}.isdisjoint(fuzz_models.kinds(("tuple", value, *([named] if named else []))))
     return Scene(
@@ -271,7 +271,7 @@ def cases(draw: st.DrawFn, engines: tuple[str, ...]) -> Case:
         case = replace(case, hooks=tuple(h for h in case.hooks if h.kind != "tensor") or (Hook("norm"),))
     case = replace(case, rounds=tuple(draw(_with_groups(case, i)) for i in range(len(several))))
     parameters = [h for h in case.hooks if h.kind == "tensor"]
-    if scene.engine.startswith("ddp") and scene.recompute == "reentrant":
+    if scene.engine in DATA and scene.recompute == "reentrant":
         once = {"together": "each"}
         case = replace(case, rounds=tuple(replace(r, backward=once.get(r.backward, r.backward)) for r in case.rounds))
     if scene.engine == "ddp_tp":  # one forward is all that torch gives its parameters for

@@ -198,6 +198,8 @@ class Run:
                     handles[i] = self._register(fm, hook)
             if not now.keep:
                 fresh(fm)
+                for parameter in self.parameters.values():  # those that torch has taken out of parameters(), too
+                    parameter.grad = None
             self.leaves = []
             with ExitStack() as stack:
                 for i, hook in case.at(number):
