@@ -127,6 +127,11 @@ REFUSED = {
         "EditError",
         "sizes that DTensor does not count with",
     ),
+    "a cumulative sum along shards, counted from the end": (
+        Case(TP, (Hook("layers.0.mlp.act", via="edit", edit="cumsum", run="sharded"),)),
+        "EditError",
+        "is wrong on shards",
+    ),
     "random numbers on shards": (
         Case(DDP, (Hook("layers.0", via="edit", edit="random", run="sharded"),)),
         "EditError",
