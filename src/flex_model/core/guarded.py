@@ -78,8 +78,9 @@ class Guarded(TorchDispatchMode):
         """DTensor does not see that a negative dim is a sharded one, and each rank would begin anew."""
         if dim < 0 and any(shard_dim(p) == dim + tensor.dim() for p in tensor.placements):
             raise EditError(
-                f"{self.where}: {func} of a sharded dim that is counted from the end is wrong on shards (torch's DTensor "
-                f"takes it for another); write dim={dim + tensor.dim()} for dim={dim}, or use run='every_rank'."
+                f"{self.where}: {func} of a sharded dim that is counted from the end is wrong on shards, which DTensor "
+                f"does not notice; write dim={dim + tensor.dim()} for dim={dim}, or use run='every_rank'.",
+                page="edit-not-sharded",
             )
 
     @staticmethod
