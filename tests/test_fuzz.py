@@ -56,6 +56,8 @@ REFUSALS = (
         "select= takes part of a dim that is sharded",
         lambda case: case.deliver == "local" or any(h.deliver == "local" for h in case.hooks),
     ),
+    Refusal("cumulative sums along shards", "is wrong on shards", _on_shards),
+    Refusal("elements alone on shards of other sizes", "sizes that DTensor does not count with", _on_shards),
     Refusal("random numbers on shards", "draws random numbers", _on_shards),
     Refusal(
         "what torch cannot do on shards",

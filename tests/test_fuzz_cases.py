@@ -93,6 +93,14 @@ RIGHT = {
     "a recomputation that ends within an edit": Case(
         Scene(engine="ddp", batches=(1, 1), recompute="plain"), (Hook("layers.0.mlp.down", via="edit", edit="tanh"),)
     ),
+    "a recomputation that ends where one rank edits": Case(
+        Scene(engine="ddp", batches=(1, 2), recompute="plain"),
+        (Hook("layers.0.mlp.down", via="edit", edit="tanh", run="one_rank"),),
+    ),
+    "a recomputation that ends where one rank trains": Case(
+        Scene(engine="tp", batches=(2,), recompute="plain"),
+        (Hook("layers.0.mlp.act", via="edit", edit="trainable", run="one_rank"),),
+    ),
     "a recomputation that ends within a selection": Case(
         Scene(engine="ddp", batches=(1, 1), recompute="plain"),
         (Hook("layers.0.mlp.down", via="edit", edit="shift", select=("index", (-1, ("slice", None), ("list", 3)))),),
@@ -118,6 +126,11 @@ REFUSED = {
         Case(FSDP, (Hook("layers.0", via="edit", edit="all mean", run="sharded"),)),
         "EditError",
         "sizes that DTensor does not count with",
+    ),
+    "a cumulative sum along shards, counted from the end": (
+        Case(TP, (Hook("layers.0.mlp.act", via="edit", edit="cumsum", run="sharded"),)),
+        "EditError",
+        "is wrong on shards",
     ),
     "random numbers on shards": (
         Case(DDP, (Hook("layers.0", via="edit", edit="random", run="sharded"),)),

@@ -28,6 +28,7 @@ _KEEPS_SHARDS = frozenset(
         aten.empty_like.default,
     }
 )
+_CUMULATIVE = frozenset({aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default})
 
 
 class Guarded(TorchDispatchMode):
@@ -54,6 +55,8 @@ class Guarded(TorchDispatchMode):
             )
         if self.value is not None and any(self._is_sharded(a) for a in involved):
             self._check_sizes(func, involved, self.value)
+        if func in _CUMULATIVE and isinstance(args[0], DTensor):
+            self._check_dim(func, args[0], args[1])
         out = func(*args, **(kwargs or {}))
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
             for tensor in out if isinstance(out, (tuple, list)) else (out,):
@@ -70,6 +73,15 @@ class Guarded(TorchDispatchMode):
                     f"which could be lost; use an out-of-place operation such as torch.where or slice_scatter.",
                     page="edit-writes-in-place",
                 )
+
+    def _check_dim(self, func: Any, tensor: DTensor, dim: int) -> None:
+        """DTensor does not see that a negative dim is a sharded one, and each rank would begin anew."""
+        if dim < 0 and any(shard_dim(p) == dim + tensor.dim() for p in tensor.placements):
+            raise EditError(
+                f"{self.where}: {func} of a sharded dim that is counted from the end is wrong on shards, which DTensor "
+                f"does not notice; write dim={dim + tensor.dim()} for dim={dim}, or use run='every_rank'.",
+                page="edit-not-sharded",
+            )
 
     @staticmethod
     def _is_sharded(tensor: DTensor) -> bool:

@@ -100,13 +100,19 @@ class _ToMain(torch.autograd.Function):
 
 
 class _FromMain(torch.autograd.Function):
+    """A recomputation ends once what was saved is there again. Main saves more than the others, who run no edit: what
+    is saved here, after the exchange, brings every rank's recomputation to it, and none ends within it."""
+
     @staticmethod
     def forward(ctx: Any, full: Tensor, dtype: torch.dtype, route: OneRankRoute) -> Tensor:
         ctx.route = route
-        return route.spread(full, dtype)
+        out = route.spread(full, dtype)
+        ctx.save_for_backward(out.new_empty(0))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _ = ctx.saved_tensors  # the recomputation begins here on every rank, if it has not yet
         route: OneRankRoute = ctx.route
         return route.collect(route.mean_replicas(grad)), None, None
 
