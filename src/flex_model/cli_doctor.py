@@ -120,10 +120,15 @@ def _toy(tp: int) -> tuple[nn.Module, dict[str, Any], Callable[[], nn.Module]]:
 
     model = plain()
     if tp > 1:
-        dist.init_process_group("gloo")
-        mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",))
+        if not dist.is_initialized():  # torchrun has started it
+            dist.init_process_group("gloo")
+        kind = "cuda" if "nccl" in dist.get_backend() else "cpu"
+        model.to(kind)
+        mesh = init_device_mesh(kind, (tp,), mesh_dim_names=("tp",))
         parallelize_module(model, mesh, {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()})
-    return model, {"input": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))}, plain
+    device = next(model.parameters()).device
+    inputs = {"input": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).to(device)}
+    return model, inputs, lambda: plain().to(device)
 
 
 def _print(found: dict[str, Any], as_json: bool, sites: bool) -> None:
