@@ -76,15 +76,24 @@ def test_two_axes(engine: str, tmp_path: Path) -> None:
     assert found.same, found
 
 
-def _uneven() -> Run:
+def _uneven(sizes: list[int]) -> tuple[Run, list[dict[str, Any]]]:
     fm = FlexModel(engines.place("ddp", models.net()).model)
+    mine = models.tokens(sum(sizes)).split(sizes)[dist.get_rank()]
     with record(fm, grad=False) as run:
-        fm(models.tokens().split([3, 1])[dist.get_rank()])
-    return run
+        fm(mine)
+    return run, fm.check(mine, grad=False).as_dicts()
 
 
 def test_batches_of_unequal_size() -> None:
-    assert diff(_one_process(grad=False), run_world(2, _uneven)[0]).same
+    """Those of the sizes that torch itself gives are measured; others are refused by name, and no check passes."""
+    fm = FlexModel(models.net())
+    with record(fm, grad=False) as alone:
+        fm(models.tokens(3))
+    run, rows = run_world(2, _uneven, [2, 1])[0]
+    assert diff(alone, run).same and {row["status"] for row in rows} == {"ok"}, rows
+    run, rows = run_world(2, _uneven, [3, 1])[0]
+    assert not run.measured and set(run.refused) == {str(place) for place in alone}
+    assert [row["status"] for row in rows if row["check"] == "parity"] == ["not run"]
 
 
 def _captured() -> tuple[Run, float]:

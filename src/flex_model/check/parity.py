@@ -101,6 +101,8 @@ def _run(
         theirs, problem = _from_main(runtime, (theirs, problem))
     if theirs is None:
         report.add("parity", "fail", "", f"the unsharded model does not run on this batch: {problem}", "run it alone")
+    elif not any(place in theirs.measured for place in run):
+        report.add("parity", "not run", "", "no place was measured in both runs", "see the other rows")
     else:
         _add_parity(report, diff(theirs, run, rtol=rtol), run, grad)
 

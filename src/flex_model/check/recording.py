@@ -155,7 +155,9 @@ def _refused(acts: Captured | None, what: What) -> dict[str, str]:
     for kind, table in tables:
         for key, calls in table.items():
             if not all(isinstance(v, Tensor) for v in calls):
-                found[str(_place(key, kind))] = "it comes as parts that make no whole tensor, and is not measured"
+                found[str(_place(key, kind))] = (
+                    "it comes in parts that no DTensor holds (of unequal size, or rows at experts), and is not measured"
+                )
     return found
 
 
