@@ -259,7 +259,7 @@ MATRIX = {
     "an edit is out of memory": Fault(edit_out_of_memory, "EditError", "EditError", "out of memory"),
     "an edit returns another shape": Fault(other_shapes, "EditError", "EditError", "an edit must keep the shape"),
     "an edit of a gradient raises": Fault(backward_edit_raises, "EditError", "EditError", "(full_backward_pre)"),
-    "select raises": Fault(select_raises, "EditError", "EditError", "select failed on rank 1"),
+    "select raises": Fault(select_raises, "EditError", "EditError", "ValueError: the fault"),
     "a disk is full": Fault(put_fails, "EditError", "EditError", "No space left on device"),
     "the block raises": Fault(block_raises, "ValueError", "PeerError", "ValueError: the fault"),
     "other hooks": Fault(other_hooks, "MismatchError", "MismatchError", "first.up (forward)"),

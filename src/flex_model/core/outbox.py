@@ -18,7 +18,7 @@ from flex_model.core.bound import Bound, Sink, check_expected
 from flex_model.core.call import Staged
 from flex_model.core.inference import Form
 from flex_model.core.ragged import Identity, give, refusal, unnamed
-from flex_model.core.status import Status, told_to_all
+from flex_model.core.status import ON_SHARDS, Status, told_to_all
 from flex_model.core.uneven import align, without_rows
 from flex_model.errors import FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
@@ -223,6 +223,7 @@ class Outbox:
             return None
         sizes = {i: a.size for i, a in enumerate(self.runtime.mesh.axes)}
         new = bound.selection.on_shards(layout, tuple(local.shape), sizes)
+        self.status.selections[bound.where] = bound.selection.failure if new is None else ON_SHARDS
         return None if new is None else (bound.selection.take(local), new)
 
     def deliver(self, items: list[Item]) -> None:

@@ -24,9 +24,11 @@ from flex_model.routing.watch import mark_shared
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["Row", "Status", "told_to_all"]
+__all__ = ["ON_SHARDS", "Row", "Status", "told_to_all"]
 
 _CPU = torch.device("cpu")
+ON_SHARDS = "on shards"
+_LEAST, _MOST = -1, 2**40  # less and more than any mark
 Row = tuple[int, int, int]  # of a rank: number of values, new claims, mark of the values' places
 
 
@@ -37,10 +39,12 @@ class Status:
         self.runtime, self._drop = runtime, drop
         self.failures: list[dict[str, Any]] = []
         self.edits: list[str] = []
+        self.selections: dict[str, str] = {}  # {site: how its selection was made here}; none where none was
 
     def clear(self) -> None:
         self.failures.clear()
         self.edits.clear()
+        self.selections.clear()
 
     def note_failure(self, bound: Bound, call: Call, error: BaseException) -> None:
         self.note("the editing function", bound.where, error, call.index)
@@ -64,7 +68,9 @@ class Status:
         every rank of this stage, once where they agree."""
         mesh, whole = self.runtime.mesh, self.runtime.whole
         edits, self.edits = self.edits, []
-        row = [len(self.failures), len(places), claims, _mark(places), _mark((self.runtime.hooks_mark, edits))]
+        selections, self.selections = self.selections, {}
+        made = [_mark(sorted(_kinds(selections).items()))] * 2 if selections else [_LEAST, _MOST]
+        row = [len(self.failures), len(places), claims, _mark(places), _mark((self.runtime.hooks_mark, edits)), *made]
         low, high = extremes(torch.tensor(row), whole.control, _CPU)
         if high[0]:
             self._raise_failure()
@@ -74,7 +80,9 @@ class Status:
             return [tuple(row[1:4])]  # type: ignore[list-item]
         if low[4] != high[4] and not self.runtime.uneven:
             self._raise_mismatch(edits)
-        return [(r[0], r[1], r[2]) for r in all_gather_ints(row[1:], mesh.world, self.runtime.device_of_values)]
+        if high[5] > low[6]:  # of the ranks that made any
+            self._compare_selections(selections)
+        return [(r[0], r[1], r[2]) for r in all_gather_ints(row[1:4], mesh.world, self.runtime.device_of_values)]
 
     def _raise_failure(self) -> NoReturn:
         everyone = all_gather_objects(self.failures, self.runtime.whole.control)
@@ -103,6 +111,18 @@ class Status:
             f"rank has skipped a hooked module, and what the edits saw is undefined. Run the same modules on all ranks."
         )
 
+    def _compare_selections(self, selections: dict[str, str]) -> None:
+        """Ranks must take a selection alike: from their own shards, or from the whole."""
+        mesh = self.runtime.mesh
+        everyone = all_gather_objects(selections, mesh.world)
+        for where in sorted({site for theirs in everyone for site in theirs}):
+            made = {rank: theirs[where] for rank, theirs in zip(mesh.ranks, everyone, strict=True) if where in theirs}
+            if len(set(_kinds(made).values())) > 1:
+                self._drop()
+                raise EditError(
+                    f"{where}: select does other things on some ranks (by rank: {made}); let it do the same."
+                )
+
     def same_on_all(self, rows: Sequence[Row]) -> None:
         if len({(count, mark) for count, _, mark in rows}) > 1:
             counts = dict(zip(self.runtime.mesh.ranks, [r[0] for r in rows], strict=True))
@@ -111,6 +131,11 @@ class Status:
                 f"the same hooks in the same order and run the same modules.",
                 page="ranks-differ",
             )
+
+
+def _kinds(selections: dict[Any, str]) -> dict[Any, bool]:
+    """Without the reasons, which may be worded by the rank."""
+    return {key: made == ON_SHARDS for key, made in selections.items()}
 
 
 def _mark(value: object) -> int:

@@ -29,6 +29,7 @@ class Selection:
         self.take: Callable[[Tensor], Tensor] = select if callable(select) else lambda x: x[select]
         self._index = None if callable(select) else select
         self._known: dict[Any, dict[int, int] | None] = {}
+        self.failure = "from the whole"  # and why, where the function could not be asked for places
 
     def put(self, value: Tensor, new: Tensor) -> Tensor:
         """``value`` with the selected elements replaced, differentiably; ``value`` itself is not written."""
@@ -96,7 +97,8 @@ class Selection:
         shape = (*shape[:dim], extent, *shape[dim + 1 :])
         try:
             out = self.take(_coordinates(shape, dim))
-        except (RuntimeError, TypeError, IndexError, ValueError):
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            self.failure = f"from the whole, because of places it makes {type(error).__name__}: {error}"
             return None
         if not isinstance(out, Tensor) or out.dtype != torch.long:
             return None
