@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from flex_model import FlexModel, HookFunction
+from flex_model.routing.selection import Selection
 
 SOON = timedelta(seconds=4)  # the library's own timeout, where it is to pass
 LONG = timedelta(minutes=10)  # and where a rank that is not woken would hang
@@ -145,6 +146,13 @@ def backward_edit_raises(fm: FlexModel, model: Model, engine: str) -> None:
         fm(_x(engine)).sum().backward()
 
 
+def parameter_select_raises(fm: FlexModel, model: Model, engine: str) -> None:
+    with fm.capture("second.up.weight", hook_type="tensor"):
+        for bound in fm._runtime.bounds:
+            bound.selection = Selection(lambda x: _raise() if _here() else x[:1])
+        fm(_x(engine)).sum().backward()
+
+
 def model_raises(fm: FlexModel, model: Model, engine: str) -> None:
     model.broken = _raise if _here() else None
     with fm.capture("first.*"):
@@ -260,6 +268,7 @@ MATRIX = {
     "an edit returns another shape": Fault(other_shapes, "EditError", "EditError", "an edit must keep the shape"),
     "an edit of a gradient raises": Fault(backward_edit_raises, "EditError", "EditError", "(full_backward_pre)"),
     "select raises": Fault(select_raises, "EditError", "EditError", "ValueError: the fault"),
+    "select of a gradient raises": Fault(parameter_select_raises, "EditError", "EditError", "ValueError: the fault"),
     "a disk is full": Fault(put_fails, "EditError", "EditError", "No space left on device"),
     "the block raises": Fault(block_raises, "ValueError", "PeerError", "ValueError: the fault"),
     "other hooks": Fault(other_hooks, "MismatchError", "MismatchError", "first.up (forward)"),

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from flex_model import FlexModel
 from flex_model.cli_doctor import doctor
 from flex_model.cli_models import ModelError, check_split, find_model, require
-from flex_model.cli_start import check_start, launch, load, started, told
+from flex_model.cli_start import Cache, check_start, launch, load, started, told
 from flex_model.lens.induction import Induction, measure, repeated_tokens
 
 __all__ = ["app", "main"]
@@ -65,9 +65,7 @@ def induction(
     batch: Annotated[int, typer.Option(min=1, help="Sequences")] = 2,
     length: Annotated[int, typer.Option(min=2, help="Random tokens, before they are repeated")] = 50,
     seed: Annotated[int, typer.Option(help="Of the random tokens")] = 0,
-    cache: Annotated[
-        Path, typer.Option(envvar="FLEX_MODEL_CACHE", file_okay=False, help="Where converted models are kept")
-    ] = Path(".models"),
+    cache: Cache = Path(".models"),
 ) -> None:
     """Find a model's induction heads, remove them while it runs split, and compare with one process."""
     with told():

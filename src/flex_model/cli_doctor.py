@@ -21,7 +21,7 @@ from flex_model.check.doctor import examine_model, examine_processes, versions
 from flex_model.check.report import Report
 from flex_model.check.table import show
 from flex_model.cli_models import check_split, find_model, require
-from flex_model.cli_start import check_start, launch, load, started, told
+from flex_model.cli_start import Cache, check_start, launch, load, started, told
 
 __all__ = ["doctor"]
 
@@ -45,9 +45,7 @@ def doctor(
     tp: Annotated[int, typer.Option(min=1, help="Processes to split each layer over")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
     sites: Annotated[bool, typer.Option("--sites", help="List the layout of every site as well")] = False,
-    cache: Annotated[
-        Path, typer.Option(envvar="FLEX_MODEL_CACHE", file_okay=False, help="Where converted models are kept")
-    ] = Path(".models"),
+    cache: Cache = Path(".models"),
 ) -> None:
     """Look at versions, processes, mesh, layouts, replicas and parity with one process; exit code 1 if one fails."""
     with told():

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,7 +18,11 @@ from flex_model.cli_models import SAFE, ModelError
 from flex_model.cli_processes import start
 from flex_model.errors import FlexModelError
 
-__all__ = ["check_start", "launch", "load", "started", "told"]
+__all__ = ["Cache", "check_start", "launch", "load", "started", "told"]
+
+Cache = Annotated[
+    Path, typer.Option(envvar="FLEX_MODEL_CACHE", file_okay=False, help="Where converted models are kept")
+]
 
 
 def started() -> bool:

@@ -60,7 +60,7 @@ class Backward:
         self.arm(call)
 
     def forget(self) -> None:
-        self.runtime.show_again()
+        self.runtime.installed.show_again()
         self.call, self.edited = None, False
         self.staged, self.claims = [], {}
         self._before.clear()
@@ -70,7 +70,7 @@ class Backward:
         first = self.call is None
         self.call = call
         if call.snapshots and call.place is None:
-            self.runtime.show(call.bounds)
+            self.runtime.installed.show(call.bounds)
         if not first or call.place is not None:  # a pipeline's step has an end of its own
             return
         self._task = in_backward()
@@ -155,11 +155,12 @@ class Backward:
 
     def _finish(self) -> None:
         """The outermost backward is over on every rank."""
-        with self.runtime.watch.at("the end of the backward"), told_to_all():
+        watch = self.runtime.watch
+        with watch.telling(), watch.at("the end of the backward"), told_to_all():
             self._deliver()
 
     def _deliver(self) -> None:
-        self.runtime.show_again()
+        self.runtime.installed.show_again()
         call, self.call = self.call, None
         edited, self.edited = self.edited, False
         finished = self.finished_parameters(0 if call is None else call.index)
@@ -170,7 +171,7 @@ class Backward:
             self.runtime.wait_for_copies()
             fast.put_all(staged)
             return
-        outbox, uneven = self.runtime.outbox, self.runtime.uneven
+        outbox, uneven = self.runtime.outbox, self.runtime.installed.uneven
         claims, self.claims = self.claims, {}
         staged, rows = merge(staged, self.runtime.mesh), []
         if uneven:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,40 +143,24 @@ def fire(runtime: Runtime, bound: Bound, leaf: Leaf, call: ActiveCall, occurrenc
     value, rows = leaf.tensor, gathered(bound, leaf.tensor, call)
     form = form_of(runtime, bound, leaf.index, value, occurrence, rows)
     needed_now = bound.edit is not None or bound.attached
-    if needed_now and runtime.mesh.axes:  # ranks may meet here
-        with runtime.watch.at(bound):
-            return _fire(runtime, bound, leaf, call, occurrence, several, recomputed, form, rows)
-    return _fire(runtime, bound, leaf, call, occurrence, several, recomputed, form, rows)
-
-
-def _fire(
-    runtime: Runtime,
-    bound: Bound,
-    leaf: Leaf,
-    call: ActiveCall,
-    occurrence: int,
-    several: bool,
-    recomputed: bool,
-    form: Form,
-    rows: Gathered | None,
-) -> Tensor | None:
-    value, needed_now = leaf.tensor, bound.edit is not None or bound.attached
-    layout = claim_layout(runtime, bound, form, value, call, occurrence, rows, now=needed_now)
-    if isinstance(layout, Layout):
-        layout = refusal(runtime, bound, value, layout) or layout
-    if isinstance(layout, LayoutError):
-        if not recomputed and bound.edit is not None and rows is not None and runtime.uneven:
-            runtime.outbox.status.note_failure(bound, Call(call.index), layout)  # other ranks may not have met it
-        elif not recomputed:
-            runtime.outbox.refuse(bound, bound.key_of(leaf.index, several), layout)
-        return None
-    capturing = bound.sink is not None and not recomputed
-    if not needed_now:
-        if capturing:
-            _stage(runtime, bound, plain(value.detach()), form, layout, call, bound.key_of(leaf.index, several), rows)
-        return None
-    assert layout is not None
-    return _edit(runtime, bound, leaf, form, layout, call, capturing, several, recomputed, rows)
+    with runtime.watch.at(bound) if needed_now else nullcontext():  # ranks may meet here
+        layout = claim_layout(runtime, bound, form, value, call, occurrence, rows, now=needed_now)
+        if isinstance(layout, Layout):
+            layout = refusal(runtime, bound, value, layout) or layout
+        if isinstance(layout, LayoutError):
+            if not recomputed and bound.edit is not None and rows is not None and runtime.installed.uneven:
+                runtime.outbox.status.note_failure(bound, Call(call.index), layout)  # other ranks may not have met it
+            elif not recomputed:
+                runtime.outbox.refuse(bound, bound.key_of(leaf.index, several), layout)
+            return None
+        capturing = bound.sink is not None and not recomputed
+        if not needed_now:
+            key = bound.key_of(leaf.index, several)
+            if capturing:
+                _stage(runtime, bound, plain(value.detach()), form, layout, call, key, rows)
+            return None
+        assert layout is not None
+        return _edit(runtime, bound, leaf, form, layout, call, capturing, several, recomputed, rows)
 
 
 def _stage(

@@ -20,6 +20,7 @@ from flex_model.core.captured import Captured
 from flex_model.core.globs import Pattern
 from flex_model.core.groups import ALL
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType
+from flex_model.core.installed import Installed
 from flex_model.core.missed import Block
 from flex_model.core.register import bind, capture_bounds
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
@@ -93,7 +94,7 @@ class FlexModel(nn.Module):
         self._deliver: Deliver = deliver
         self._sink = OutputSink(self.output_ptr)
         self._chosen: tuple[str | Sequence[str], bool] = (ALL, False)
-        self._finalizer = weakref.finalize(self, Runtime.uninstall, runtime)
+        self._finalizer = weakref.finalize(self, Installed.take_off, runtime.installed)
         self.training = module.training
         # a class of its own, because trainers read the signature off the class, too
         self.__class__ = with_signature_of(module, type(self))  # type: ignore[assignment]
@@ -115,7 +116,7 @@ class FlexModel(nn.Module):
         runtime.last_inputs = (args, kwargs) if runtime.whole.axes else ((), {})
         try:
             if runtime.direct:
-                runtime.compiled_late()
+                runtime.installed.compiled_late()
             return self.module(*args, **kwargs)
         finally:
             runtime.direct = before
@@ -210,7 +211,7 @@ class FlexModel(nn.Module):
             runtime.groups.drop(bound.hook)
             if bound.sink is not None:
                 self._sink.release(bound.key)
-            runtime.install()
+            runtime.installed.put_on()
 
     # -- groups ------------------------------------------------------------------------------------------------
     def create_hook_group(
@@ -271,7 +272,7 @@ class FlexModel(nn.Module):
         for bound in self._runtime.bounds:
             if not bound.temporary:
                 bound.enabled = bound.hook in on
-        self._runtime.install()
+        self._runtime.installed.put_on()
 
     # -- capture and edit --------------------------------------------------------------------------------------
     @contextmanager
@@ -297,7 +298,7 @@ class FlexModel(nn.Module):
         )
         block = acts.block = Block(runtime.missed, bounds)
         runtime.bounds += bounds
-        runtime.install()
+        runtime.installed.put_on()
         try:
             with runtime.watch.telling():
                 yield acts
@@ -306,7 +307,7 @@ class FlexModel(nn.Module):
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
             runtime.outbox.discard(bounds)
-            runtime.install()
+            runtime.installed.put_on()
 
     @contextmanager
     def edit(
@@ -334,14 +335,14 @@ class FlexModel(nn.Module):
             bounds.append(bind(runtime, hook, hook_type, key, sink, self._deliver, temporary=True))
         block = Block(runtime.missed, bounds)
         runtime.bounds += bounds
-        runtime.install()
+        runtime.installed.put_on()
         try:
             with runtime.watch.telling():
                 yield [b.hook for b in bounds]
             block.end()
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]
-            runtime.install()
+            runtime.installed.put_on()
 
     def flush(self) -> None:
         """Deliver what is still on its way. All ranks call it."""
@@ -464,7 +465,7 @@ class FlexModel(nn.Module):
         for bound in runtime.bounds:
             runtime.groups.drop(bound.hook)
         runtime.bounds.clear()
-        runtime.uninstall()
+        runtime.installed.take_off()
         return self.module
 
 

@@ -132,36 +132,24 @@ def on_gradient(
 ) -> Tensor | None:
     """The gradient of a value arrives. An error in here ends the backward of this rank alone, so others are told."""
     with runtime.watch.telling():
-        return _on_gradient(runtime, watchers, index, form, call, rows, grad)
-
-
-def _on_gradient(
-    runtime: Runtime,
-    watchers: list[tuple[Bound, bool]],
-    index: int,
-    form: Form,
-    call: ActiveCall,
-    rows: Gathered | None,
-    grad: Tensor,
-) -> Tensor | None:
-    runtime.backward.arm(call)
-    for bound, _ in watchers:
-        bound.reached += 1
-    forward = runtime.inference.lookup(form) or runtime.inference.known.get(form)
-    if forward is None or isinstance(forward, LayoutError):
-        for bound, several in watchers:
-            runtime.outbox.refuse(
-                bound,
-                bound.key_of(index, several),
-                forward
-                or LayoutError(
-                    f"{bound.where}: the full gradient is unknown, because the layout of its value is.",
-                    page="gradient-unknown",
-                ),
-            )
-        return None
-    layout = runtime.inference.gradient_layout(forward, grad)
-    return meet_gradient(runtime, watchers, index, form, layout, call, grad, rows)
+        runtime.backward.arm(call)
+        for bound, _ in watchers:
+            bound.reached += 1
+        forward = runtime.inference.lookup(form) or runtime.inference.known.get(form)
+        if forward is None or isinstance(forward, LayoutError):
+            for bound, several in watchers:
+                runtime.outbox.refuse(
+                    bound,
+                    bound.key_of(index, several),
+                    forward
+                    or LayoutError(
+                        f"{bound.where}: the full gradient is unknown, because the layout of its value is.",
+                        page="gradient-unknown",
+                    ),
+                )
+            return None
+        layout = runtime.inference.gradient_layout(forward, grad)
+        return meet_gradient(runtime, watchers, index, form, layout, call, grad, rows)
 
 
 def meet_gradient(

@@ -63,7 +63,7 @@ class Missed:
     def before_call(self) -> None:
         """The compiler is there: should it meet the model in this call, hooks that have fired before may be missed."""
         self._frames = frames_compiled()
-        self._before = [(b, b.fired) for b in self.runtime.enabled if b.fired]
+        self._before = [(b, b.fired) for b in self.runtime.installed.enabled if b.fired]
 
     # -- registered hooks --------------------------------------------------------------------------------------
     def arm(self, enabled: Sequence[Bound]) -> None:
@@ -90,7 +90,7 @@ class Missed:
         now = [b for b, _ in pending if not b.is_gradient and (module is None or self._holds(module, b))]
         self._look(now, pending)
         if new:
-            self.runtime.install()
+            self.runtime.installed.put_on()
 
     def after_backward(self) -> None:
         """A backward is over: which gradients were missed in it?"""
@@ -112,7 +112,7 @@ class Missed:
         self.pending = [p for p in pending if p[0] not in self._told and self._tries.get(p[0], 0) < PATIENCE]
 
     def _holds(self, module: nn.Module, bound: Bound) -> bool:
-        return any(m is module for m in self.runtime.around(bound.name))
+        return any(m is module for m in self.runtime.installed.around(bound.name))
 
     def tell(self, found: Iterable[tuple[Bound, Reason]], where: str = "") -> None:
         """One warning a reason, which names all hooks that it keeps from firing."""
@@ -211,7 +211,9 @@ class Block:
         if missed.runtime.calls == self._calls:
             return not_called()
         called = {i for i, index in missed.calls.items() if index >= self._calls}
-        if called and not (bound.met or bound.fired or any(id(m) in called for m in missed.runtime.around(bound.name))):
+        if called and not (
+            bound.met or bound.fired or any(id(m) in called for m in missed.runtime.installed.around(bound.name))
+        ):
             return Reason("only other parts of the model were called, by themselves")
         return reasons.of(bound)
 

@@ -53,7 +53,7 @@ class Outbox:
         runtime = self.runtime
         if runtime.whole.axes:
             runtime.agree()
-            with runtime.watch.at("the end of the forward"), told_to_all():
+            with runtime.watch.telling(), runtime.watch.at("the end of the forward"), told_to_all():
                 self._point_of_stages() if runtime.whole is not runtime.mesh else self._point(edited)
 
     def _point(self, edited: bool) -> None:
@@ -61,7 +61,7 @@ class Outbox:
         data = any(a.kind == "data" for a in mesh.axes)
         first = new = bool(self.claims)
         # On tensor axes alone all ranks run the same code on the same data, so that they ask alike without asking.
-        uneven = self.runtime.uneven
+        uneven = self.runtime.installed.uneven
         if edited or data or uneven or any(_moves(s) for s in self.waiting):
             rows = self.status.exchange([(s.bound.where, s.key) for s in self.waiting], len(self.claims))
             first = new = any(claims for _, claims, _ in rows)

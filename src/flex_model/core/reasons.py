@@ -61,7 +61,7 @@ class Reasons:
     def _not_run(self, bound: Bound) -> Reason:
         if id(bound.module) not in self._here:
             return GONE
-        if any(is_compiled(m) for m in self.runtime.around(bound.name)):
+        if any(is_compiled(m) for m in self.runtime.installed.around(bound.name)):
             return COMPILED
         doubts: list[Reason] = []
         for parent, name, path in self._links(bound.name):

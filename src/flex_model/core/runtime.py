@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -26,11 +25,10 @@ from flex_model.core import fast
 from flex_model.core.backward import Backward
 from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged, in_backward, runs_already
-from flex_model.core.compiled import Compiled
 from flex_model.core.editing import EditContext
-from flex_model.core.firing import Point
 from flex_model.core.groups import Groups
 from flex_model.core.inference import Inference
+from flex_model.core.installed import Installed
 from flex_model.core.missed import Missed
 from flex_model.core.names import Names
 from flex_model.core.outbox import Outbox
@@ -44,10 +42,8 @@ from flex_model.engines import Engines
 from flex_model.engines.unsupported import refuse_transform, refuse_unsupported
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
-from flex_model.layout.values import sharding
 from flex_model.routing.collectives import all_gather_objects
 from flex_model.routing.roll_call import roll_call
-from flex_model.routing.rows import parted_axes
 from flex_model.routing.watch import NoWatch, Watch
 
 __all__ = ["Runtime"]
@@ -57,10 +53,6 @@ _initialized = dist.is_initialized if dist.is_available() else lambda: False
 
 
 _runtimes: WeakSet[Runtime] = WeakSet()
-
-
-def _as_it_is(hook: Any) -> Any:
-    return hook
 
 
 class Runtime:
@@ -96,22 +88,11 @@ class Runtime:
         self.backward = Backward(self)
         self.steps = Steps(self)
         self.missed = Missed(self)
-        self._compiled = Compiled()
-        self._around: list[weakref.ref[nn.Module]] = []  # the modules that hold hooked ones, the wrapper among them
-        self._handles: list[Any] = []
-        self._entry_handles: list[Any] = []
-        self._parameter_handles: list[Any] = []
-        self._watch_handles: list[Any] = []
+        self.installed = Installed(self)
         self.watch: Watch | NoWatch = NoWatch()
         self.hooks_mark = ""  # what all ranks have agreed on; empty after a change
         self._agreed: set[tuple[int, str]] = set()
-        self.uneven = False  # ranks may meet hooks unequally often: rows at experts are where tokens have chosen them
-        self._entries_stale = False
         self._told = False
-        self.enabled: tuple[Bound, ...] = ()
-        self._shown: tuple[Bound, ...] = ()  # those whose torch hooks are on modules: others only in a recomputation
-        # values whose layouts hooks need, in forwards without gradients and with
-        self._wanted: tuple[dict[tuple[str, str, str], nn.Module], ...] = ({}, {})
         self._mark: object = None
         _runtimes.add(self)
         self.refresh()
@@ -190,8 +171,8 @@ class Runtime:
         """Look at the model anew if an engine was applied, or removed, since the last look."""
         if self._engine_mark() != self._mark:
             self.refresh()
-            self._install_parameters()
-            self._install_watches()
+            self.installed.put_on_parameters()
+            self.installed.look_on()
 
     def look(self) -> None:
         """Learn of engines applied since and of other stages' names. Collective where there are any."""
@@ -206,7 +187,7 @@ class Runtime:
                 self.names.check_collisions()
             for bound in self.bounds:
                 bound.module = self.names.module_of(bound.name, bound.side)
-            self.install()
+            self.installed.put_on()
 
     def _engine_mark(self) -> object:
         """Changes when an engine was applied, or removed, since the last look."""
@@ -225,131 +206,6 @@ class Runtime:
             type(self.root),
             sharded,
         )
-
-    # -- installing --------------------------------------------------------------------------------------------
-    def uninstall(self) -> None:
-        """Take all hooks off; within a call, those that see its end stay until then."""
-        self._entries_stale = self.active is not None
-        for handles in (
-            self._handles,
-            self._parameter_handles,
-            self._watch_handles,
-            [] if self.active else self._entry_handles,
-        ):
-            for handle in handles:
-                handle.remove()
-            handles.clear()
-        self.enabled = self._shown = ()
-        self._compiled.step_back()
-
-    def install(self) -> None:
-        """Put the enabled hooks on the model, and nothing where none is enabled."""
-        self.uninstall()
-        self.hooks_mark = ""
-        self.enabled = tuple(b for b in self.bounds if b.enabled)
-        entries = self._entries(self.enabled) if self.enabled and self.active is None else []
-        self._step_aside(self.enabled)
-        outside: Callable[..., Any] = torch.compiler.disable if "torch._dynamo" in sys.modules else _as_it_is
-        for module in entries:
-            enter = outside(self.enter)
-            self._entry_handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-        self.missed.arm([b for b in self.enabled if b.module is not None])
-        self._wanted = self._values_wanted(gradients=False), self._values_wanted(gradients=True)
-        self._install_parameters()
-        self._install_watches()
-        self._install_points(self.enabled)
-        for module in entries:
-            self._entry_handles.append(module.register_forward_hook(outside(self._left)))
-            self._entry_handles.append(module.register_forward_hook(outside(self._failed), always_call=True))
-
-    def _values_wanted(self, *, gradients: bool) -> dict[tuple[str, str, str], nn.Module]:
-        return {
-            (b.name, b.side, repr(b.hook.unpack_idx)): b.module
-            for b in self.enabled
-            if b.side != "param" and b.module is not None and (gradients or not b.is_gradient)
-        }
-
-    def show(self, bounds: tuple[Bound, ...]) -> None:
-        """Have these hooks on modules, whatever is on: a forward that had them runs again."""
-        if bounds != self._shown:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
-            self._step_aside(bounds)
-            self._install_points(bounds)
-
-    def show_again(self) -> None:
-        """The hooks that are on, after others were shown."""
-        if self._shown != self.enabled:
-            self.install()
-
-    def _install_points(self, bounds: tuple[Bound, ...]) -> None:
-        self._shown = bounds
-        by_place: dict[tuple[int, str], list[Bound]] = {}
-        for bound in bounds:
-            if bound.side != "param" and bound.module is not None:
-                by_place.setdefault((id(bound.module), bound.side), []).append(bound)
-        for (_, side), here in by_place.items():
-            self._install_point(side, here)
-
-    def _step_aside(self, enabled: Iterable[Bound]) -> None:
-        around = {id(m): m for name in {b.name for b in enabled} for m in self.around(name)}
-        self._around = [weakref.ref(m) for m in around.values()]
-        self._compiled.step_aside(around.values())
-
-    def compiled_late(self) -> None:
-        """What was compiled since hooks were put on steps aside now, if it can be seen without a call."""
-        around = [m for ref in self._around if (m := ref()) is not None]
-        if any(m._compiled_call_impl is not None for m in around):
-            self._compiled.step_aside(around)
-
-    def around(self, name: str) -> Iterator[nn.Module]:
-        """All modules that hold the one of a clean name, the wrapper included."""
-        yield self.outermost
-        yield from self.names.around(name)
-
-    def _entries(self, enabled: Sequence[Bound]) -> list[nn.Module]:
-        """Modules whose call may be the outermost: the model, and the parts one or two levels down that hold hooks."""
-        found = {str(stage): part for stage, part in self.names.places[""].items()}
-        for bound in enabled:
-            parts = bound.name.split(".")
-            for depth in (1, 2):
-                name = ".".join(parts[:depth])
-                module = self.names.modules.get(name)
-                if len(parts) > depth and module is not None and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-                    found[name] = module
-        return list(found.values())
-
-    def _install_point(self, side: str, bounds: list[Bound]) -> None:
-        module = bounds[0].module
-        assert module is not None
-        point = Point(self, bounds[0].name, side, bounds)
-        if side == "in":
-            self._handles.append(module.register_forward_pre_hook(point.on_input, with_kwargs=True))
-        else:
-            hook = fast.output_hook(self, point, bounds) or point.on_output
-            self._handles.append(module.register_forward_hook(hook))
-
-    def _install_parameters(self) -> None:
-        for handle in self._parameter_handles:
-            handle.remove()
-        self._parameter_handles.clear()
-        for bound in self.bounds:
-            if bound.enabled and bound.side == "param" and bound.module is not None:
-                owner, attribute = self.names.parameters[bound.name]
-                _, site = self.engines.gradient_site(owner, attribute)
-                parameter = owner._parameters.get(attribute)
-                if site.when == "local" and parameter is not None and parameter.requires_grad:
-                    hook = partial(self.backward.on_parameter, bound, site, sharding(parameter))
-                    self._parameter_handles.append(parameter.register_hook(hook))
-
-    def _install_watches(self) -> None:
-        """Look on at the mixtures of experts that enabled hooks are inside of."""
-        for handle in self._watch_handles:
-            handle.remove()
-        sources = {id(b.source): b.source for b in self.bounds if b.enabled and b.source is not None}.values()
-        self._watch_handles = [handle for source in sources for handle in source.watch()]
-        self.uneven = any(parted_axes(self.mesh, source) for source in sources)
 
     # -- calls -------------------------------------------------------------------------------------------------
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -375,18 +231,20 @@ class Runtime:
             if step is None and not self.hooks_mark and self.engines.lockstep:
                 self.agree()
         grad_mode = torch.is_grad_enabled()
-        self.active = ActiveCall(module, index, args, kwargs, grad_mode, self.steps.place, bounds=self.enabled)
+        self.active = ActiveCall(
+            module, index, args, kwargs, grad_mode, self.steps.place, bounds=self.installed.enabled
+        )
         self.active.idle = bool(self.whole.axes) and not grad_mode and Engines.keeps_company()
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
         self.missed.calls[id(module)] = self.calls
         if "torch._dynamo" in sys.modules:
-            self.compiled_late()
+            self.installed.compiled_late()
             self.missed.before_call()
         self.calls += step is None
         if step is not None and self.mesh.axes:
             self.last_inputs = (args, kwargs)
         self.inference.new_call(module, args, kwargs)
-        wanted = self._wanted[grad_mode]
+        wanted = self.installed.wanted[grad_mode]
         if self.inference.lacks(wanted):
             with self.silent():
                 self.inference.begin(module, args, kwargs, wanted)
@@ -423,11 +281,11 @@ class Runtime:
             return call
         return ActiveCall(self.root, self.calls, (), {})
 
-    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+    def left(self, module: nn.Module, args: Any, output: Any) -> None:
         self.leave(module, output)
 
-    def _failed(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Runs after ``_left``, and without it where the forward raised."""
+    def failed(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Runs after ``left``, and without it where the forward raised."""
         if self.quiet or self.active is None or self.active.module is not module:
             return
         if self.active.depth:
@@ -441,8 +299,8 @@ class Runtime:
         self.inference.end()
         self.outbox.status.clear()
         self.outbox.refused.clear()
-        if self._entries_stale:
-            self.install()
+        if self.installed.stale:
+            self.installed.put_on()
         if error is not None:
             self.watch.fail(error)
 
@@ -453,8 +311,8 @@ class Runtime:
             return
         self.active = self.fast_call = None
         self.inference.end()
-        if self._entries_stale:
-            self.install()
+        if self.installed.stale:
+            self.installed.put_on()
         if not self.whole.axes:
             self.wait_for_copies()
             fast.put_all(call.staged)

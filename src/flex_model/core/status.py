@@ -78,7 +78,7 @@ class Status:
             low, high = extremes(torch.tensor(row), mesh.world, self.runtime.device_of_values)
         if not mesh.axes or torch.equal(low, high):
             return [tuple(row[1:4])]  # type: ignore[list-item]
-        if low[4] != high[4] and not self.runtime.uneven:
+        if low[4] != high[4] and not self.runtime.installed.uneven:
             self._raise_mismatch(edits)
         if high[5] > low[6]:  # of the ranks that made any
             self._compare_selections(selections)
