@@ -36,14 +36,14 @@ def check_start(tp: int) -> None:
         raise ModelError(f"--tp {tp} was asked for, but torchrun started {world} processes.", page="split-impossible")
 
 
-def load(folder: Path, tp: int) -> torch.nn.Module:
-    """The model in eval mode, split over ``tp`` processes."""
+def load(folder: Path, tp: int, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
+    """The model in eval mode, split over ``tp`` processes, in its own dtype if no other is asked for."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one already
-    options: dict[str, Any] = {"attn_implementation": "eager", "use_safetensors": True, **SAFE}
+    options: dict[str, Any] = {"attn_implementation": "eager", "use_safetensors": True, "dtype": dtype, **SAFE}
     if tp > 1:
         options["distributed_config"] = DistributedConfig(tp_size=tp)
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
