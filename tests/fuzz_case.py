@@ -145,7 +145,7 @@ class Oracle:
         self.save_ctx = SimpleNamespace()
         self.seen: dict[tuple[Any, Any], list[Tensor]] = defaultdict(list)
         self.outputs: list[Any] = []
-        self.input_grads: list[list[Tensor]] = []
+        self.input_grads: list[list[Tensor | None]] = []
         self.grads: list[dict[str, Tensor]] = []  # after each round
         self.keys = Keys()
         self.attached: list[Tensor] = []  # of the forward that runs
@@ -285,7 +285,7 @@ class Oracle:
 
         self.input_leaves: list[list[Tensor]] = []
         backwards(now, forward, done, lambda call: setattr(self, "backward_of", call))
-        self.input_grads += [[t.grad for t in leaves if t.grad is not None] for leaves in self.input_leaves]
+        self.input_grads += [[t.grad for t in leaves] for leaves in self.input_leaves]
 
 
 def beside(values: list[Tensor]) -> Any:
@@ -308,16 +308,21 @@ def backwards(now: Round, forward: Callable[[int], Tensor], done: int, began: Ca
         for call in calls:
             loss = forward(call)
             began(call)
-            loss.backward()
+            backward(loss)
     else:
         losses = {call: forward(call) for call in calls}
         if now.backward == "together":
             began(calls[-1])
-            sum(list(losses.values())[1:], losses[calls[0]]).backward()
+            backward(sum(list(losses.values())[1:], losses[calls[0]]))
         else:
             for call in reversed(calls):
                 began(call)
-                losses[call].backward()
+                backward(losses[call])
+
+
+def backward(loss: Tensor) -> None:
+    if loss.requires_grad:  # an edit may have cut off all there is
+        loss.backward()
 
 
 def zero(*modules: nn.Module) -> None:

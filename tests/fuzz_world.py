@@ -23,13 +23,9 @@ def _rank(rank: int, size: int, store: str, fn: Callable[[Any], Any], pipe: Any)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, size),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=600),
-        )
+        if size > 1:
+            files = dist.FileStore(store, size)
+            dist.init_process_group("gloo", store=files, rank=rank, world_size=size, timeout=timedelta(seconds=600))
         while True:
             case = pipe.recv()
             try:
@@ -44,7 +40,7 @@ def _rank(rank: int, size: int, store: str, fn: Callable[[Any], Any], pipe: Any)
 
 
 class World:
-    """``ask(case)`` runs ``fn(case)`` on every rank and gives the ranks' answers; of one rank, in this process."""
+    """``ask(case)`` runs ``fn(case)`` on every rank and gives the ranks' answers; one rank alone has no process group."""
 
     def __init__(self, size: int, fn: Callable[[Any], Any], patience: float = 20.0) -> None:
         self.size, self.fn, self.patience = size, fn, patience
@@ -78,8 +74,6 @@ class World:
 
     def ask(self, case: Any) -> list[Any]:
         """The ranks' answers; raises AssertionError, and ends the world, where a rank raises, dies or hangs."""
-        if self.size == 1:
-            return [self.fn(case)]
         fresh = not self._processes
         if fresh:
             self._start()
