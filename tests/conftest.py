@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flex_model import FlexModel
+from flex_model.core.compiled import something_is_compiled
 
 REGISTER = {
     "forward": "register_forward_hook",
@@ -73,6 +74,14 @@ def unchanged(fm: FlexModel) -> Iterator[None]:
     before = state()
     yield
     assert state() == before
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """What one test has compiled is gone before the next."""
+    yield
+    if something_is_compiled():
+        torch.compiler.reset()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -379,11 +379,14 @@ class Run:
             else:
                 self._same(f"{label}, call {i}", a, b)
 
-    @property
-    def _uncounted(self) -> bool:
-        """Whether ranks have other numbers of samples than ``chunk`` would give them."""
+    def _uncounted(self, want: Tensor, shape: torch.Size) -> bool:
+        """Whether ranks have other numbers of rows than ``chunk`` would give them, which a DTensor cannot say."""
         sizes = self.scene.batches
-        return sizes != tuple(map(len, torch.arange(sum(sizes)).chunk(len(sizes))))
+        for mine, all_ in zip(shape, want.shape, strict=True):
+            if mine * sum(sizes) == all_ * sizes[self.placed.index]:
+                rows = all_ // sum(sizes)
+                return [rows * n for n in sizes] != [len(c) for c in torch.arange(all_).chunk(len(sizes))]
+        return False
 
     def _part(self, want: Tensor, shape: torch.Size) -> Tensor:
         """What this rank has of the whole, by the dims in which it has less."""
@@ -398,7 +401,7 @@ class Run:
 
     def _local(self, label: str, got: Any, want: Tensor) -> None:
         """A DTensor of the global shape, with this rank's part in it; or the part, where a DTensor cannot hold it."""
-        if isinstance(got, Parts) and self._uncounted and len(got) == 1:
+        if isinstance(got, Parts) and len(got) == 1 and self._uncounted(want, got[0].shape):
             self._same(label, got[0], self._part(want, got[0].shape))
             return
         if not isinstance(got, DTensor) or isinstance(got, Parts) or got.shape != want.shape:

@@ -40,7 +40,7 @@ def _rank(rank: int, size: int, store: str, fn: Callable[[Any], Any], pipe: Any)
 
 
 class World:
-    """``ask(case)`` runs ``fn(case)`` on every rank and gives the ranks' answers; one rank alone has no process group."""
+    """``ask(case)`` runs ``fn(case)`` on every rank and gives the ranks' answers; one alone has no process group."""
 
     def __init__(self, size: int, fn: Callable[[Any], Any], patience: float = 20.0) -> None:
         self.size, self.fn, self.patience = size, fn, patience

@@ -36,6 +36,13 @@ def _over_samples(case: Case) -> bool:
     return len(scene.batches) > 1 and any("sum" in fuzz_models.kinds(s) for s in trees)
 
 
+def _of_few_words(case: Case) -> bool:
+    """Whether samples and positions are one dim, of values that are the same for the same word."""
+    scene = case.scene
+    trees = [s for s in (scene.value, scene.named, scene.output) if s is not None]
+    return not scene.floats and any("flat" in fuzz_models.kinds(s) for s in trees)
+
+
 def _on_shards(case: Case) -> bool:
     return any(h.run == "sharded" and h.edit for h in case.hooks)
 
@@ -51,6 +58,7 @@ class Refusal:
 
 REFUSALS = (
     Refusal("a sum over a rank's own samples", "yet depends on the batch|it should be the same along", _over_samples),
+    Refusal("rows that are all the same", "the rows of dim 0 repeat themselves", _of_few_words),
     Refusal(
         "a selection across shards, left there",
         "select= takes part of a dim that is sharded",

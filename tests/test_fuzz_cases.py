@@ -45,6 +45,19 @@ RIGHT = {
     "random numbers in another order of memory on one process": Case(
         Scene(value=("tuple", ("x",), ("turned",))), (Hook("layers.0", via="edit", idx=1, edit="random"),)
     ),
+    "a forward hook after one on a gradient that never came": Case(
+        Scene(engine="sp", batches=(1,), length=2),
+        (Hook("", "full_backward", rounds=(0, 0)), Hook("", "forward_pre", rounds=(1, 1))),
+        (TRAIN, TRAIN),
+    ),
+    "a parameter that DDP has taken out of its module": Case(
+        Scene(engine="ddp_tp", batches=(2, 3), length=1, floats=True),
+        (
+            Hook("layers.0.mlp.down.weight", "tensor", "register", edit="double"),
+            Hook("norm.bias", "tensor", rounds=(1, 1)),
+        ),
+        (TRAIN, TRAIN, TRAIN),
+    ),
     "a shape over two data axes": Case(
         Scene(engine="hsdp", batches=(1, 2, 3, 1)),
         (Hook("layers.0", deliver="local"), Hook("norm", via="edit", edit="tanh", run="sharded")),
@@ -149,7 +162,7 @@ def worlds() -> Iterator[dict[int, World]]:
 
 
 def _outcomes(case: Case, worlds: dict[int, World]) -> list[Outcome]:
-    world = worlds[{"solo": 1, "hsdp": 4}.get(case.scene.engine, 2)]
+    world = worlds[{"solo": 1, "hsdp": 4, "ddp_tp": 4}.get(case.scene.engine, 2)]
     outcomes = world.ask(case)
     if any(o.broken for o in outcomes):
         world.close()

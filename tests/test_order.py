@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -113,6 +114,42 @@ def _tensor_parallel() -> str:
     with pytest.raises(LayoutError) as caught:
         acts["1.split"]
     return str(caught.value)
+
+
+class Forgetful(nn.Module):
+    """Fails at first where it is given more than its own batch."""
+
+    def __init__(self, sick: bool) -> None:
+        super().__init__()
+        self.up, self.sick = nn.Linear(8, 4), 2 * sick  # a probe tries twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sick and len(x) > B:
+            self.sick -= 1
+            raise torch.OutOfMemoryError("no room for twice the batch")
+        return self.up(x)
+
+
+def _out_of_memory_once(sick_ranks: list[int]) -> tuple[str, bool]:
+    torch.manual_seed(0)
+    full = torch.randn(2 * B, 8)
+    model = Forgetful(dist.get_rank() in sick_ranks)
+    want = model.up(full).detach()
+    fm = FlexModel(nn.parallel.DistributedDataParallel(model))
+    mine = full.chunk(2)[dist.get_rank()]
+    with fm.capture("up") as acts:
+        fm(mine)
+    with pytest.raises(LayoutError) as caught:
+        acts["up"]
+    with fm.capture("up") as acts:
+        fm(mine)
+    return str(caught.value), torch.allclose(acts["up"], want)
+
+
+@pytest.mark.parametrize("sick_ranks", [[1], [0, 1]])
+def test_a_probe_that_failed_is_made_again(sick_ranks: list[int]) -> None:
+    for message, right in run_world(2, _out_of_memory_once, sick_ranks):
+        assert "no room for twice the batch" in message and right
 
 
 def test_heads_divided_by_hand_under_tensor_parallelism() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -35,6 +37,7 @@ def _share_device() -> None:
 
 
 def _child(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Any) -> None:
+    faulthandler.register(signal.SIGUSR1)
     try:
         torch.set_num_threads(1)  # before any thread of this process could start a pool
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
@@ -92,6 +95,8 @@ def run_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 15
                     deadline = min(deadline, time.time() + 10)  # the others may be stuck without it
     for process in processes:
         if process.is_alive() and waiting:
+            os.kill(process.pid or 0, signal.SIGUSR1)  # where it is, on its stderr
+            time.sleep(0.5)
             process.kill()
         process.join(5)
     if os.path.exists(store):

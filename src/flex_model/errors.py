@@ -94,6 +94,7 @@ class LayoutError(FlexModelError, RuntimeError):
     """The full value of a site cannot be known, so it is refused instead of guessed."""
 
     page = "layout-unknown"
+    passing = False  # whether the next call looks anew: the model raised when it was probed, or was not
 
 
 class ShapeError(FlexModelError, ValueError):

@@ -75,6 +75,7 @@ class Inference:
         self._found: dict[str, dict[Key, list[BatchDim]] | str] = {}  # what probes saw, or why they could not
         self._shapes: GlobalShapes = {}
         self._probed: set[tuple[Any, ...]] = set()
+        self._passing: list[Form] = []  # refused in a way that the next call need not repeat
         self._probes = [SEQUENCE] if any(a.sequence for a in mesh.axes) else []
         if engines.parts or any(a.kind == "data" and not a.sequence for a in mesh.axes):
             self._probes.append(BATCH)
@@ -91,6 +92,8 @@ class Inference:
     def new_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._occurrence:
             self._occurrence.clear()
+        while self._passing:
+            self._forget(self._passing.pop())
         if self._probes:
             self._order = self.order(input_leaves(module, args, kwargs)) if SEQUENCE in self._probes else ""
             kind = (input_kind((args, kwargs)), str(self._order))
@@ -105,7 +108,7 @@ class Inference:
         return stated or order_by_positions(inputs, self.mesh.axes[axes[0]].size, self.mesh.coordinate[axes[0]])
 
     def lacks(self, wanted: Mapping[tuple[Any, ...], nn.Module]) -> bool:
-        """Whether a wanted value (name, side, index) has never been looked for in a call of this kind."""
+        """Whether a wanted value (name, side, index, gradient) was never looked for in a call of this kind."""
         return bool(self._probes or self.mesh.axes) and any((self._kind, *key) not in self._probed for key in wanted)
 
     def begin(
@@ -212,6 +215,8 @@ class Inference:
         )
         plain = value.to_local() if isinstance(value, DTensor) else value
         made = claim(plain, evidence, self.mesh)
+        if made.refusal and self._inputs is None:  # nothing was looked for in this call
+            made = replace(made, passing=True)
         self._claimed[form] = made.placements
         return made
 
@@ -280,7 +285,7 @@ class Inference:
     def _probed_dim(self, along: Along, key: Key, index: int) -> BatchDim | None:
         found = self._found.get(along.word)
         if isinstance(found, str):
-            return BatchDim(refusal=found)
+            return BatchDim(refusal=found, failed=True)
         dims = None if found is None else found.get(key)
         return dims[index] if dims is not None and index < len(dims) else None
 
@@ -304,12 +309,19 @@ class Inference:
             self._claimed.pop(form, None)
         for form, found in settle(claims, self.mesh, self._device).items():
             self.known[form] = found
+            if isinstance(found, LayoutError) and found.passing:
+                self._passing.append(form)
             place = _any_firing(form)
             before = self._common.setdefault(place, found)
             if not _alike(before, found):
                 self._common[place] = None
             elif isinstance(found, Layout):
                 self._common[place] = found
+
+    def _forget(self, form: Form) -> None:
+        self.known.pop(form, None)
+        self._common.pop(_any_firing(form), None)
+        self._probed = {key for key in self._probed if key[1:3] != form.spot[:2]}
 
     def settle_alone(self, form: Form, claim: Claim) -> None:
         """Take this rank's claim for rows at experts: that they are its own needs nobody else."""

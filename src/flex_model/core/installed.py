@@ -35,7 +35,7 @@ class Installed:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.enabled: tuple[Bound, ...] = ()
-        self.wanted: tuple[dict[tuple[str, str, str], nn.Module], ...] = ({}, {})
+        self.wanted: tuple[dict[tuple[str, str, str, bool], nn.Module], ...] = ({}, {})
         self.uneven = False  # ranks may meet hooks unequally often: rows at experts are where tokens have chosen them
         self.stale = False
         self._shown: tuple[Bound, ...] = ()  # those whose torch hooks are on modules: others only in a recomputation
@@ -81,9 +81,9 @@ class Installed:
             self._entry_handles.append(module.register_forward_hook(outside(self.runtime.left)))
             self._entry_handles.append(module.register_forward_hook(outside(self.runtime.failed), always_call=True))
 
-    def _values_wanted(self, *, gradients: bool) -> dict[tuple[str, str, str], nn.Module]:
+    def _values_wanted(self, *, gradients: bool) -> dict[tuple[str, str, str, bool], nn.Module]:
         return {
-            (b.name, b.side, repr(b.hook.unpack_idx)): b.module
+            (b.name, b.side, repr(b.hook.unpack_idx), b.is_gradient): b.module  # a gradient may never come
             for b in self.enabled
             if b.side != "param" and b.module is not None and (gradients or not b.is_gradient)
         }
@@ -157,7 +157,7 @@ class Installed:
             if bound.enabled and bound.side == "param" and bound.module is not None:
                 owner, attribute = self.runtime.names.parameters[bound.name]
                 _, site = self.runtime.engines.gradient_site(owner, attribute)
-                parameter = owner._parameters.get(attribute)
+                parameter = self.runtime.names.parameter(bound.name)
                 if site.when == "local" and parameter is not None and parameter.requires_grad:
                     hook = partial(self.runtime.backward.on_parameter, bound, site, sharding(parameter))
                     self._parameter_handles.append(parameter.register_hook(hook))

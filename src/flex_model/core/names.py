@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -91,6 +92,7 @@ class Names:
         self.stages = StageNames()
         self._absent, self._renamed = absent, dict(renamed or {})
         self._holders: dict[str, nn.Parameter] = {}  # of parameters that an engine keeps elsewhere
+        self._seen: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()  # DDP over DTensors takes them out
         self._spellings: dict[str, str] = {}
         self._parameter_spellings: dict[str, str] = {}
         self._state: dict[str, str] = {}  # prefix of plain keys -> that in the wrapped model's state_dict
@@ -146,6 +148,7 @@ class Names:
         for name, value in module._parameters.items():
             if value is not None and name != "_flat_param":
                 self._add_parameter(module, name, clean, raw, stage)
+                self._seen.setdefault(_join(self._prefixes[clean], name), value)
 
     def _of_wrappers(self) -> str:
         """What wrappers together put before each name: PEFT's ``base_model.model``."""
@@ -258,9 +261,14 @@ class Names:
         """Whether the parameter of this clean name will have a gradient."""
         if name not in self.parameters:
             return self.stages.requires_grad(name)
-        owner, attribute = self.parameters[name]
-        parameter = self._holders.get(name, owner._parameters.get(attribute))
+        parameter = self._holders.get(name, self.parameter(name))
         return parameter is not None and parameter.requires_grad
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter of this clean name, also where its owner has something else in its place after a forward."""
+        owner, attribute = self.parameters[name]
+        found = owner._parameters.get(attribute)
+        return self._seen.get(name) if found is None else found
 
     def cleaned(self, pairs: Iterable[tuple[str, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
         """Named parameters or buffers of the wrapped model under their clean names."""

@@ -56,11 +56,14 @@ class Claim:
     global_shape: tuple[int | None, ...] = ()
     late: tuple[int, ...] = ()
     refusal: str = ""
+    passing: bool = False  # the refusal may not last: the model raised when it was probed, or was not
     parted: tuple[int, ...] = ()
 
 
 class _Refusal(Exception):
-    pass
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
@@ -69,7 +72,7 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
     try:
         placements, sources = _placements(shape, evidence, mesh)
     except _Refusal as refusal:
-        return Claim(evidence.where, shape, mark, refusal=str(refusal))
+        return Claim(evidence.where, shape, mark, refusal=str(refusal), passing=refusal.passing)
     full: tuple[int | None, ...] = tuple(None for _ in shape)
     if evidence.twin is not None and len(evidence.twin) == len(shape):
         grow = [found.dim for found in (evidence.batch, evidence.sequence) if found is not None]
@@ -111,7 +114,7 @@ def _known(found: BatchDim | None, word: str) -> int | None:
     if found is None:
         raise _Refusal(f"it did not fire while the {word} was probed")
     if found.refusal:
-        raise _Refusal(found.refusal)
+        raise _Refusal(found.refusal, passing=found.failed)
     return found.dim
 
 

@@ -28,10 +28,11 @@ __all__ = ["BATCH", "SEQUENCE", "Along", "BatchDim", "probe"]
 @dataclass(frozen=True, slots=True)
 class BatchDim:
     """``dim`` holds the batch, or the sequence; None: the value has no such dim. ``refusal`` says why neither could be
-    shown."""
+    shown; ``failed``: because the model raised, which it may not do the next time."""
 
     dim: int | None = None
     refusal: str = ""
+    failed: bool = False
 
 
 @contextmanager

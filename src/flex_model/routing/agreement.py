@@ -76,7 +76,7 @@ def _shared(
     if torch.equal(low, high):
         for key, c in claims.items():
             if c.refusal:
-                found[key] = _error(c.where, f"{c.refusal} (every rank)", [c.shape] * mesh.size, mesh)
+                found[key] = _refused(c, "every rank", [c.shape] * mesh.size, mesh)
         return {key: c for key, c in claims.items() if key not in found}
     # of samples only those are told that another rank may have to stand in with
     told = {key: c if c.parted else replace(c, digest=_UNSAID) for key, c in claims.items()}
@@ -111,7 +111,7 @@ def _difference(everyone: Sequence[Claim | None], mesh: ModelMesh) -> LayoutErro
         return _error(where, f"it fired on some ranks but not on ranks {absent}", shapes, mesh)
     for rank, c in zip(mesh.ranks, made, strict=True):
         if c.refusal:
-            return _error(where, f"{c.refusal} (rank {rank})", shapes, mesh)
+            return _refused(c, f"rank {rank}", shapes, mesh)
     if any(c.placements != first.placements for c in made):
         seen = sorted({str(list(c.placements)) for c in made})
         return _error(where, f"ranks found different placements: {' and '.join(seen)}", shapes, mesh)
@@ -216,6 +216,12 @@ def _tell(
                 late=claim.late,
                 parted=claim.parted,
             )
+
+
+def _refused(claim: Claim, who: str, shapes: Sequence[Shape | None], mesh: ModelMesh) -> LayoutError:
+    error = _error(claim.where, f"{claim.refusal} ({who})", shapes, mesh)
+    error.passing = claim.passing
+    return error
 
 
 def _error(where: str, reason: str, shapes: Sequence[Shape | None], mesh: ModelMesh) -> LayoutError:
