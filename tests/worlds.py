@@ -41,6 +41,7 @@ def _child(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple
     try:
         torch.set_num_threads(1)  # before any thread of this process could start a pool
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+        os.environ["OMP_NUM_THREADS"] = "1"  # what accelerate sets: a pool of the parent's is dead here
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29400")
         _share_device()
