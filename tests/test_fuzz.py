@@ -36,6 +36,10 @@ def _over_samples(case: Case) -> bool:
     return len(scene.batches) > 1 and any("sum" in fuzz_models.kinds(s) for s in trees)
 
 
+def _stays(case: Case) -> bool:
+    return case.deliver == "local" or any(h.deliver == "local" for h in case.hooks)
+
+
 def _of_few_words(case: Case) -> bool:
     """Whether samples and positions are one dim, of values that are the same for the same word."""
     scene = case.scene
@@ -58,11 +62,12 @@ class Refusal:
 
 REFUSALS = (
     Refusal("a sum over a rank's own samples", "yet depends on the batch|it should be the same along", _over_samples),
+    Refusal("summands of uneven rows, left there", "summands of its rows", _stays),
     Refusal("rows that are all the same", "the rows of dim 0 repeat themselves", _of_few_words),
     Refusal(
         "a selection across shards, left there",
         "select= takes part of a dim that is sharded",
-        lambda case: case.deliver == "local" or any(h.deliver == "local" for h in case.hooks),
+        _stays,
     ),
     Refusal("cumulative sums along shards", "is wrong on shards", _on_shards),
     Refusal("elements alone on shards of other sizes", "sizes that DTensor does not count with", _on_shards),

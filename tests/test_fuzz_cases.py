@@ -135,6 +135,14 @@ REFUSED = {
         "LayoutError",
         "select= takes part of a dim that is sharded",
     ),
+    "summands of uneven rows that stay where they are": (
+        Case(
+            Scene(engine="2d_tp", batches=(1, 3), width=8, hidden=16, vocabulary=8, length=1, floats=True),
+            (Hook("layers.0.mlp.up", "forward_pre", deliver="local", grad=True),),
+        ),
+        "LayoutError",
+        "summands of its rows",
+    ),
     "a mean over shards that DTensor takes for others": (
         Case(FSDP, (Hook("layers.0", via="edit", edit="all mean", run="sharded"),)),
         "EditError",
@@ -162,7 +170,7 @@ def worlds() -> Iterator[dict[int, World]]:
 
 
 def _outcomes(case: Case, worlds: dict[int, World]) -> list[Outcome]:
-    world = worlds[{"solo": 1, "hsdp": 4, "ddp_tp": 4}.get(case.scene.engine, 2)]
+    world = worlds[{"solo": 1, "hsdp": 4, "ddp_tp": 4, "2d_tp": 4}.get(case.scene.engine, 2)]
     outcomes = world.ask(case)
     if any(o.broken for o in outcomes):
         world.close()

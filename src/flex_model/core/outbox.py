@@ -230,8 +230,12 @@ class Outbox:
         self.runtime.wait_for_copies()
         with torch.inference_mode(False):
             failed = deliver(items, self.runtime.mesh, self._buffers)
-        for item, error in failed:  # others have theirs, and learn of it at the next point
-            self.status.note("the delivery", item.where, error)
+        for item, error in failed:
+            if isinstance(error, LayoutError):  # on every rank
+                bound, key, _ = item.label
+                self.raise_refused([(bound, key, error)])
+            else:  # others have theirs, and learn of it at the next point
+                self.status.note("the delivery", item.where, error)
 
     def refuse(self, bound: Bound, key: Any, error: LayoutError) -> None:
         self.refused.append((bound, key, error))

@@ -15,9 +15,9 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
-from flex_model.errors import ShapeError
+from flex_model.errors import LayoutError, ShapeError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts, Shapes, assemble, merge, owners, owns, size_below
@@ -103,8 +103,9 @@ def to_host(tensor: Tensor, device: torch.device | None) -> Tensor:
 def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> list[tuple[Item, Exception]]:
     """Bring every item where it is wanted. Collective: all ranks of the mesh pass the same items in the same order.
 
-    Returns what could not be finished or put away on this rank; everything else is delivered all the same. Raises
-    ShapeError, on every rank and before anything is delivered, where a full shape is not the expected one.
+    Returns what could not be finished or put away on this rank (by a LayoutError: on every rank); everything else is
+    delivered all the same. Raises ShapeError, on every rank and before anything is delivered, where a full shape is not
+    the expected one.
     """
     items = [*(i.beside.item for i in items if i.beside is not None), *items]
     moving = [i for i in items if i.layout.moving_axes]
@@ -122,7 +123,10 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> list[tu
             raise ShapeError(problem)
     for item in items:
         if item.mode == "local":
-            item.full = _as_dtensor(item, mesh)
+            try:
+                item.full = _as_dtensor(item, mesh)
+            except LayoutError as error:
+                item.failure = error
         elif not item.layout.moving_axes and (item.mode == "all" or mesh.is_main):
             item.complete(item.local)
     for bucket in _buckets([i for i in moving if i.mode == "main"]):
@@ -276,6 +280,12 @@ def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
     if layout.parted:
         return Parts((local,), ({mesh.names[i]: mesh.coordinate[i] for i in layout.parted},))
     if item.shapes is not None and not item.shapes.even and not dtensor_holds(layout, mesh, shape, item.shapes):
+        sums = [name for name, p in zip(mesh.names, layout.placements, strict=True) if isinstance(p, Partial)]
+        if sums:
+            raise LayoutError(
+                f"{item.where}: deliver='local' would give each rank summands of its rows ({', '.join(sums)}), and "
+                f"ranks hold numbers of rows that no DTensor can state; deliver='all' or 'main' gives the whole value."
+            )
         return Parts((local,), (dict(zip(mesh.names, mesh.coordinate, strict=True)),))
     return DTensor.from_local(
         straighten(local, layout, mesh),
