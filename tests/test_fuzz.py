@@ -27,7 +27,7 @@ SHARES = {  # (ranks, engines): the share of the cases
     (2, ("tp", "tp_dtensors", "sp")): 0.17,
     (4, ("ddp_tp", "2d_tp", "2d_sp", "hsdp")): 0.08,
 }
-MOST_REFUSED = 0.12
+MOST_REFUSED = 0.15
 
 
 def _over_samples(case: Case) -> bool:
