@@ -296,9 +296,11 @@ class Run:
             wanted_grads = self.oracle.input_grads[self.input_grads]
             self.input_grads += 1
             for i, wanted_grad in enumerate(wanted_grads):
+                got = leaves[i].grad
                 if wanted_grad is not None:
-                    wanted_part = wanted_grad[start : start + size] * parts
-                    self._same(f"gradient of input {i}", leaves[i].grad, wanted_part, parts)
+                    self._same(f"gradient of input {i}", got, wanted_grad[start : start + size] * parts, parts)
+                elif got is not None and got.any():
+                    self.outcome.problems.append(f"gradient of input {i}, which an edit has cut off")
 
     def _compare(self) -> None:
         for call, (got, want) in enumerate(zip(self.outputs, self.oracle.outputs, strict=True)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -150,6 +152,39 @@ def _out_of_memory_once(sick_ranks: list[int]) -> tuple[str, bool]:
 def test_a_probe_that_failed_is_made_again(sick_ranks: list[int]) -> None:
     for message, right in run_world(2, _out_of_memory_once, sick_ranks):
         assert "no room for twice the batch" in message and right
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.more, self.taken = nn.Linear(8, 4), nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.more(x) if self.taken else x
+
+
+def _taken_later() -> list[Any]:
+    torch.manual_seed(0)
+    full, model = torch.randn(2 * B, 8), Branch()
+    want = model.more(model.up(full)).detach()
+    fm = FlexModel(nn.parallel.DistributedDataParallel(model))
+    found: list[Any] = []
+    for model.taken in (False, True, True):
+        with torch.no_grad(), fm.capture("more") as acts:
+            fm(full.chunk(2)[dist.get_rank()])
+        try:
+            found.append(torch.allclose(acts["more"], want))
+        except LayoutError as error:
+            found.append(str(error))
+        except KeyError:
+            found.append("not there")
+    return found
+
+
+def test_a_branch_taken_later_is_looked_at_in_the_next_call() -> None:
+    for first, second, third in run_world(2, _taken_later):
+        assert first == "not there" and "the full value is unknown" in second and third is True
 
 
 def test_heads_divided_by_hand_under_tensor_parallelism() -> None:

@@ -92,8 +92,8 @@ class Inference:
     def new_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._occurrence:
             self._occurrence.clear()
-        while self._passing:
-            self._forget(self._passing.pop())
+        if self._passing:
+            self._forget_passing()
         if self._probes:
             self._order = self.order(input_leaves(module, args, kwargs)) if SEQUENCE in self._probes else ""
             kind = (input_kind((args, kwargs)), str(self._order))
@@ -318,10 +318,14 @@ class Inference:
             elif isinstance(found, Layout):
                 self._common[place] = found
 
-    def _forget(self, form: Form) -> None:
-        self.known.pop(form, None)
-        self._common.pop(_any_firing(form), None)
-        self._probed = {key for key in self._probed if key[1:3] != form.spot[:2]}
+    def _forget_passing(self) -> None:
+        """What was refused for want of a look is looked at again."""
+        for form in self._passing:
+            self.known.pop(form, None)
+            self._common.pop(_any_firing(form), None)
+        places = {form.spot[:2] for form in self._passing}
+        self._probed = {key for key in self._probed if key[1:3] not in places}
+        self._passing.clear()
 
     def settle_alone(self, form: Form, claim: Claim) -> None:
         """Take this rank's claim for rows at experts: that they are its own needs nobody else."""

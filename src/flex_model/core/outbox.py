@@ -230,12 +230,14 @@ class Outbox:
         self.runtime.wait_for_copies()
         with torch.inference_mode(False):
             failed = deliver(items, self.runtime.mesh, self._buffers)
+        refused: list[Refused] = []
         for item, error in failed:
             if isinstance(error, LayoutError):  # on every rank
                 bound, key, _ = item.label
-                self.raise_refused([(bound, key, error)])
+                refused.append((bound, key, error))
             else:  # others have theirs, and learn of it at the next point
                 self.status.note("the delivery", item.where, error)
+        self.raise_refused(refused)
 
     def refuse(self, bound: Bound, key: Any, error: LayoutError) -> None:
         self.refused.append((bound, key, error))
