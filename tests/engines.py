@@ -39,7 +39,7 @@ FOUR_RANKS = ("hsdp", "2d_tp", "2d_sp", "ddp_tp")
 FAIRSCALE_TWO_RANKS = ("fairscale", "fairscale_gathered", "fairscale_local_head")
 FAIRSCALE_FOUR_RANKS = ("fairscale_ddp", "fairscale_gathered_ddp")
 ALL = (*TWO_RANKS, *FOUR_RANKS, *FAIRSCALE_TWO_RANKS, *FAIRSCALE_FOUR_RANKS)
-CPU = torch.device("cpu")
+device = "cpu"  # of the models, the meshes and the batches; ``gpus`` sets another
 
 
 def plan(style: str) -> dict[str, Any]:
@@ -88,29 +88,31 @@ def place(engine: str, model: nn.Module) -> Placed:
     if engine == "ddp":
         return Placed(nn.parallel.DistributedDataParallel(model), world, rank)
     if engine == "fsdp1":
-        wrapped = FullyShardedDataParallel(model, device_id=CPU, use_orig_params=False)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device(device), use_orig_params=False)
         return Placed(wrapped, world, rank)
     if engine == "fsdp1_orig":
         policy = ModuleWrapPolicy({Block})
-        wrapped = FullyShardedDataParallel(model, device_id=CPU, use_orig_params=True, auto_wrap_policy=policy)
+        wrapped = FullyShardedDataParallel(
+            model, device_id=torch.device(device), use_orig_params=True, auto_wrap_policy=policy
+        )
         return Placed(wrapped, world, rank)
     if engine in ("fsdp2", "hsdp"):
         shape, names = ((world,), ("fsdp",)) if engine == "fsdp2" else ((world // 2, 2), ("dp_replicate", "fsdp"))
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
         return Placed(_fully_sharded(model, mesh), world, rank)
     if engine == "hsdp_tp":
-        mesh = init_device_mesh("cpu", (world // 4, 2, 2), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
+        mesh = init_device_mesh(device, (world // 4, 2, 2), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
         parallelize_module(model, mesh["tp"], plan("tp"))
         return Placed(_fully_sharded(model, mesh["dp_replicate", "fsdp"]), world // 2, rank // 2)
     if engine.startswith("2d_") or engine == "ddp_tp":
-        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = init_device_mesh(device, (world // 2, 2), mesh_dim_names=("dp", "tp"))
         parallelize_module(model, mesh["tp"], plan(engine.removeprefix("2d_").removeprefix("ddp_")))
         index = mesh["dp"].get_local_rank()
         if engine == "ddp_tp":
             wrapped = nn.parallel.DistributedDataParallel(model, device_mesh=mesh["dp"])
             return Placed(wrapped, world // 2, index)
         return Placed(_fully_sharded(model, mesh["dp"]), world // 2, index)
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh(device, (world,), mesh_dim_names=("tp",))
     parallelize_module(model, mesh, plan(engine))
     return Placed(model)
 
@@ -144,7 +146,7 @@ def local_loss(engine: str, output: Tensor) -> Tensor:
 
         output = gather_from_model_parallel_region(output)
     if engine == "tp_local_head":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
         output = DTensor.from_local(output, mesh, [Shard(-1)], run_check=False)
     return whole(output).float().pow(2).mean()
 
@@ -154,7 +156,7 @@ def loss(output: Tensor) -> Tensor:
 
 
 def fully_sharded_hf(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
     for layer in model.model.layers:  # type: ignore[union-attr]
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

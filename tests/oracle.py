@@ -103,7 +103,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
         return float("inf")
     if not a.numel():
         return 0.0
-    a, b = a.detach().double(), b.detach().double()
+    a, b = (t.detach().cpu().double() for t in (a, b))
     a, b = torch.nan_to_num(a, posinf=1e9, neginf=-1e9), torch.nan_to_num(b, posinf=1e9, neginf=-1e9)
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
 

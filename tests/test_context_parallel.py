@@ -4,8 +4,6 @@ the oracle's (equal tokens a rank, so that the mean of the ranks' losses is the 
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 from contextlib import ExitStack
 from typing import Any
 
@@ -232,7 +230,7 @@ def test_shards_and_batches() -> None:
 
 
 # -- torch's own context ---------------------------------------------------------------------------------------
-def _torch_context(device: str, causal: bool, balanced: bool, backend: SDPBackend) -> tuple[str, list[str], int]:
+def torch_context(device: str, causal: bool, balanced: bool, backend: SDPBackend) -> tuple[str, list[str], int]:
     """The context opens after the model was wrapped, parts the inputs and closes again."""
     plain = context.with_sdpa(causal=causal).to(device)
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("cp",))
@@ -256,7 +254,7 @@ def _torch_context(device: str, causal: bool, balanced: bool, backend: SDPBacken
 @pytest.mark.parametrize("balanced", [True, False], ids=["zig-zag", "contiguous"])
 def test_torch_context(balanced: bool) -> None:
     """On the CPU torch runs it with the math kernel and without a mask."""
-    for text, problems, tried in run_world(2, _torch_context, "cpu", False, balanced, SDPBackend.MATH):
+    for text, problems, tried in run_world(2, torch_context, "cpu", False, balanced, SDPBackend.MATH):
         print(f"torch's context_parallel, {'zig-zag' if balanced else 'contiguous'}: {text}")
         assert not problems and tried == 114
 
@@ -284,24 +282,3 @@ def _bare(causal: bool, backend: SDPBackend) -> str:
 def test_what_torch_cannot_run_here(causal: bool, backend: SDPBackend) -> None:
     print(f"context_parallel on the CPU, causal, {backend.name}: not run, {CANNOT[causal, backend]!r}")
     assert CANNOT[causal, backend] in run_world(2, _bare, causal, backend)[0]
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="causal context_parallel needs two CUDA devices")
-def test_torch_context_on_gpus() -> None:
-    for text, problems, tried in run_gpus(2, _torch_context, "cuda", True, True, SDPBackend.EFFICIENT_ATTENTION):
-        print(f"torch's context_parallel on GPUs, causal, zig-zag: {text}")
-        assert not problems and tried == 114
-
-
-def run_gpus(size: int, fn: Any, *args: Any) -> list[Any]:
-    """``run_world`` over NCCL. CUDA must not have been used in this process before."""
-    return run_world(size, _on_gpu, fn, *args)
-
-
-def _on_gpu(fn: Any, *args: Any) -> Any:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()
-    torch.cuda.set_device(rank)
-    store = dist.FileStore(f"{tempfile.gettempdir()}/flex_model_gpus_{os.getppid()}", size)
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size)
-    return fn(*args)

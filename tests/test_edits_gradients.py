@@ -53,16 +53,16 @@ def plain_edit(model: nn.Module, site: str, hook_type: str, fn: Callable[[Tensor
 
 def problems(engine: str, site: str, hook_type: str, run: str, trainable: bool) -> list[str]:
     torch.manual_seed(3)
-    probe = nn.Linear(*[16 if hook_type in WIDE.get(site, ()) else 8] * 2)
+    probe = nn.Linear(*[16 if hook_type in WIDE.get(site, ()) else 8] * 2).to(engines.device)
     mine = copy.deepcopy(probe)
     base = mix_gradient if "backward" in hook_type else mix
-    full = models.tokens()
-    plain = models.net()
+    full = models.tokens().to(engines.device)
+    plain = models.net().to(engines.device)
     plain_edit(plain, site, hook_type, (lambda x: mix(probe(x))) if trainable else base)
     expected = plain(full)
     engines.loss(expected).backward()
 
-    placed = engines.place(engine, models.net())
+    placed = engines.place(engine, models.net().to(engines.device))
     fm = FlexModel(placed.model)
 
     def edit(module: nn.Module, x: Tensor, save_ctx: object, modules: nn.ModuleDict) -> Tensor:
@@ -93,7 +93,7 @@ def problems(engine: str, site: str, hook_type: str, run: str, trainable: bool) 
     return bad
 
 
-def _all(engine: str, few: bool) -> tuple[int, list[str]]:
+def all_of(engine: str, few: bool) -> tuple[int, list[str]]:
     """Every site, hook type and way to run; every other forward edit uses a trainable module, the others under the next
     engine."""
     tried, bad, turn = 0, [], engines.ALL.index(engine)
@@ -115,14 +115,14 @@ def _all(engine: str, few: bool) -> tuple[int, list[str]]:
 @pytest.mark.parametrize("engine", [e for e in engines.TWO_RANKS if e not in ("tp_local_head", "loss_parallel")])
 def test_two_ranks(engine: str) -> None:
     few = engine in ("tp_dtensors", "fsdp1")
-    for tried, bad in run_world(2, _all, engine, few):
+    for tried, bad in run_world(2, all_of, engine, few):
         print(f"{engine}: {tried - len(bad)} exact of {tried}")
         assert not bad and tried == (15 if few else 66)
 
 
 def few_of(names: Sequence[str]) -> list[tuple[int, list[str]]]:
     """Several engines in one world, which share what DTensor finds out about operations on such a mesh."""
-    return [_all(engine, True) for engine in names]
+    return [all_of(engine, True) for engine in names]
 
 
 def test_four_ranks() -> None:

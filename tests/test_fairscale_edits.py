@@ -26,7 +26,7 @@ ENGINES = [(2, e) for e in engines.FAIRSCALE_TWO_RANKS] + [(4, e) for e in engin
 @pytest.mark.parametrize("engine", ["fairscale", "fairscale_gathered"])
 def test_edits_of_the_net(engine: str) -> None:
     few = engine != "fairscale"
-    for tried, bad in run_world(2, test_edits_gradients._all, engine, few):
+    for tried, bad in run_world(2, test_edits_gradients.all_of, engine, few):
         print(f"{engine}: {tried - len(bad)} exact of {tried}")
         assert not bad and tried == (15 if few else 66)
 

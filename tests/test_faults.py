@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import engines
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,11 +55,11 @@ class Model(nn.Module):
 
 def _wrapped(engine: str, timeout: timedelta) -> tuple[FlexModel, Model]:
     torch.manual_seed(0)
-    model = Model()
+    model = Model().to(engines.device)
     size = dist.get_world_size()
     if engine == "ddp":
         return FlexModel(DistributedDataParallel(model), timeout=timeout), model
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh(engines.device, (size,), mesh_dim_names=("tp",))
     for block in (model.first, model.second):
         parallelize_module(block, mesh, {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()})
     return FlexModel(model, timeout=timeout), model
@@ -66,7 +67,7 @@ def _wrapped(engine: str, timeout: timedelta) -> tuple[FlexModel, Model]:
 
 def _x(engine: str) -> Tensor:
     torch.manual_seed(dist.get_rank() if engine == "ddp" else 0)
-    return torch.randn(4, 8, requires_grad=True)
+    return torch.randn(4, 8).to(engines.device).requires_grad_()
 
 
 def _left(fm: FlexModel) -> str:
@@ -86,7 +87,7 @@ def _left(fm: FlexModel) -> str:
 Run = Callable[[FlexModel, Model, str], Any]
 
 
-def _faults(engine: str, names: list[str], timeout: timedelta) -> dict[str, End]:
+def faults_of(engine: str, names: list[str], timeout: timedelta) -> dict[str, End]:
     """One fault after the other on the same model, which has to work again after each."""
     fm, model = _wrapped(engine, timeout)
     right = _captured(fm, engine)
@@ -238,7 +239,7 @@ def other_results(fm: FlexModel, model: Model, engine: str) -> None:
     fm._runtime.context.check = True  # as FLEX_MODEL_CHECK does
     try:
         scale = 3.0 if _here() else 2.0
-        with fm.edit("second.up", lambda x: torch.where(torch.arange(16) == 5, x * scale, x)):
+        with fm.edit("second.up", lambda x: torch.where(torch.arange(16, device=x.device) == 5, x * scale, x)):
             fm(_x(engine))
     finally:
         fm._runtime.context.check = False
@@ -295,8 +296,8 @@ def test_every_rank_ends_with_the_right_error(engine: str, size: int) -> None:
     rows = _world(size, engine, [n for n in names if n not in TIMEOUTS], LONG)
     if engine == "ddp":
         rows |= _world(size, engine, [n for n in names if n in TIMEOUTS], SOON)
-        rows["kill -9"] = run_faulty(size, _killed, engine)
-    wrong = [line for name, ends in rows.items() for line in _wrong(MATRIX[name], name, ends)]
+        rows["kill -9"] = run_faulty(size, killed_in, engine)
+    wrong = [line for name, ends in rows.items() for line in wrong_ends(MATRIX[name], name, ends)]
     for name, ends in rows.items():
         kinds = ", ".join(f"{rank}: {end.kind}" for rank, end in enumerate(ends))
         print(f"faults, {engine} x {size}: {name:30s} {max(e.seconds for e in ends):5.1f} s  {kinds}")
@@ -304,19 +305,19 @@ def test_every_rank_ends_with_the_right_error(engine: str, size: int) -> None:
 
 
 def _world(size: int, engine: str, names: list[str], timeout: timedelta) -> dict[str, list[End]]:
-    ends = run_faulty(size, _faults, engine, names, timeout, timeout=200)
+    ends = run_faulty(size, faults_of, engine, names, timeout, timeout=200)
     assert all(end.kind == "returned" for end in ends), ends
     return {name: [end.value[name] for end in ends] for name in names}
 
 
-def _killed(engine: str) -> Any:
+def killed_in(engine: str) -> Any:
     fm, model = _wrapped(engine, LONG)
     _captured(fm, engine)
     time.sleep(1.2)  # so that it has told where it is
     killed(fm, model, engine)
 
 
-def _wrong(fault: Fault, name: str, ends: list[End]) -> list[str]:
+def wrong_ends(fault: Fault, name: str, ends: list[End]) -> list[str]:
     out = []
     for rank, end in enumerate(ends):
         expected, says = (fault.here, "") if rank == FAULTY else (fault.others, fault.says)

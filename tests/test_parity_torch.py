@@ -11,10 +11,10 @@ import pytest
 from worlds import run_world
 
 
-def _parity(engine: str, deliver: str = "all") -> tuple[str, list[str], int]:
-    plain = models.net()
+def parity_of(engine: str, deliver: str = "all") -> tuple[str, list[str], int]:
+    plain = models.net().to(engines.device)
     placed = engines.place(engine, copy.deepcopy(plain))
-    full = models.tokens()
+    full = models.tokens().to(engines.device)
     count = parity.compare(
         placed.model,
         plain,
@@ -27,14 +27,14 @@ def _parity(engine: str, deliver: str = "all") -> tuple[str, list[str], int]:
 
 @pytest.mark.parametrize("engine", engines.TWO_RANKS)
 def test_two_ranks(engine: str) -> None:
-    for text, problems, tried in run_world(2, _parity, engine):
+    for text, problems, tried in run_world(2, parity_of, engine):
         print(f"{engine}: {text}")
         assert not problems and tried == 62
 
 
 @pytest.mark.parametrize("engine", engines.FOUR_RANKS)
 def test_four_ranks(engine: str) -> None:
-    for text, problems, tried in run_world(4, _parity, engine):
+    for text, problems, tried in run_world(4, parity_of, engine):
         print(f"{engine}: {text}")
         assert not problems and tried == 62
 
@@ -54,6 +54,6 @@ def test_uneven_shards() -> None:
 
 
 def test_main_alone_receives() -> None:
-    first, second = run_world(2, _parity, "tp", "main")
+    first, second = run_world(2, parity_of, "tp", "main")
     assert not first[1]
     assert len(second[1]) == second[2] and all("sent it to rank 0" in p for p in second[1])

@@ -87,7 +87,7 @@ def _delivered(mesh: ModelMesh, way: str) -> tuple[Moved, list[tuple[int, ...]]]
     layout = Layout((Replicate(), Shard(1)), "", ragged=(False, False))
     items = [Item(str(i), torch.randn(5, 8), layout, way, got.append) for i in range(10)]  # type: ignore[arg-type]
     with CountCollectives() as counter:
-        deliver(items, mesh, Buffers())
+        deliver(items, mesh, Buffers(), lambda value: value, lambda: None)
     assert [tuple(t.shape) for t in got] == ([] if way == "main" else [(5, 32)] * 10)
     return counter.moved, [tuple(i.shapes[mesh.size - 1]) for i in items if i.shapes is not None]
 
@@ -99,7 +99,7 @@ def test_shapes_that_are_the_same_are_kept_once() -> None:
             mesh = ModelMesh([Axis("dp", "data", tuple(range(ranks)))], timeout=dist.default_pg_timeout)
             mesh.prepare()
             with CountCollectives() as counter, python_memory() as peak:
-                shapes = exchange_shapes([(2, 3, 4)] * 1000, mesh, torch.device("cpu"))
+                shapes = exchange_shapes([(2, 3, 4)] * 1000, mesh)
             moved[ranks] = counter.moved
             assert len(shapes) == 1000 and len(shapes[0]) == ranks and shapes[0][ranks - 1] == (2, 3, 4)
             assert peak[0] < 1e6

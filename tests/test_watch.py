@@ -9,7 +9,6 @@ from typing import Any
 import engines
 import models
 import pytest
-import torch
 import torch.distributed as dist
 from worlds import run_world
 
@@ -39,13 +38,13 @@ class Work:
 @pytest.mark.parametrize("done_at_once", [False, True])  # it may end between the two questions
 def test_a_wait_that_ran_out_is_made_again(done_at_once: bool) -> None:
     work = Work(1 if done_at_once else 3, done_at_once=done_at_once)
-    wait(work, torch.ones(1))
+    wait(work)
     assert work.late == 0
 
 
 def test_a_failure_is_raised() -> None:
     with pytest.raises(RuntimeError, match="closed by peer"):
-        wait(Work(2, broken=True), torch.ones(1))
+        wait(Work(2, broken=True))
 
 
 def _late() -> list[str]:

@@ -54,7 +54,8 @@ def _child(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple
         )
         torch.manual_seed(0)
         result = fn(*args)
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
         pipe.send((True, result))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

@@ -67,15 +67,14 @@ def _parameters(runtime: Runtime) -> Iterator[tuple[str, nn.Parameter, set[int]]
 def _compared(check: str, named: list[tuple[str, nn.Parameter]], axis: int, mesh: ModelMesh) -> list[Row]:
     """Compare along this rank's line, and tell all ranks. Collective."""
     name = mesh.names[axis]
-    device = named[0][1].device if named else torch.device("cpu")
     apart = torch.zeros(len(named), dtype=torch.double)
     if named:
         mine = torch.stack([measures(local(p)).cpu() for _, p in named])
-        low, high = extremes(mine, mesh.group(axis), device)
+        low, high = extremes(mine, mesh.group(axis))
         norm = high[:, 2].clamp_min(1e-300).sqrt()
         apart = (high - low)[:, 1:].div(norm.unsqueeze(1)).amax(1)
         apart[(high - low)[:, 3:5].amax(1) > 0] = float("inf")
-    _, worst = extremes(apart, mesh.world, device) if named else (apart, apart)
+    _, worst = extremes(apart, mesh.world) if named else (apart, apart)
     bad = [(n, float(w)) for (n, _), w in zip(named, worst, strict=True) if w > 0]
     if not bad:
         return [Row(check, "ok", f"along {name}", f"{len(named)} parameters" if named else "none is replicated there")]

@@ -168,7 +168,7 @@ class Backward:
             call.snapshots.clear()
         staged, self.staged = [*finished, *self.staged], []
         if not self.runtime.mesh.axes:
-            self.runtime.wait_for_copies()
+            self.runtime.copies.wait()
             fast.put_all(staged)
             return
         outbox, uneven = self.runtime.outbox, self.runtime.installed.uneven

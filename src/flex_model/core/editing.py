@@ -228,7 +228,7 @@ def _sharded(bound: Bound, context: EditContext, local: Tensor, layout: Layout, 
     )
     ragged = any(layout.ragged[i] and i not in context.even_axes for i in layout.sharded_axes)
     own_sizes = ragged and not dtensor_holds(
-        layout, mesh, shape, exchange_shapes([tuple(local.shape)], mesh, local.device)[0]
+        layout, mesh, shape, exchange_shapes([tuple(local.shape)], mesh)[0]
     )
     with Guarded(bound.where, value if own_sizes else None), context.modules.as_dtensors(device_mesh):
         out = _call(bound, context, value, index, call)

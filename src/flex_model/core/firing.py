@@ -21,7 +21,6 @@ from flex_model.core.ragged import gathered, give, identified, refusal, whole_ex
 from flex_model.errors import EditError, LayoutError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.routing.collectives import extremes
-from flex_model.routing.delivery import to_host
 from flex_model.routing.one_rank import tie
 from flex_model.routing.route import Route, with_part_of_gradient, with_whole_gradient
 from flex_model.routing.rows import Gathered
@@ -189,7 +188,7 @@ def _stage(
             return
         if taken is not None:
             (local, layout), selected = taken, True
-    staged = Staged(bound, key, to_host(local, runtime.keep_on(layout)), form, layout, selected=selected)
+    staged = Staged(bound, key, runtime.copies.take(local, runtime.keep_on(layout)), form, layout, selected=selected)
     staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch
     staged.rows = () if rows is None else (rows,)
     runtime.stage(call, staged)
@@ -298,7 +297,7 @@ def _even_axes(
     if not any(mesh.axes[i].kind == "data" for i in met):
         return frozenset()
     if call.even_axes is None:
-        low, high = extremes(torch.tensor([call.shapes_mark()]), mesh.world, runtime.device_of_values)
+        low, high = extremes(torch.tensor([call.shapes_mark()]), mesh.world)
         equal = torch.equal(low, high)
         call.even_axes = frozenset(range(len(mesh.axes))) if equal else frozenset()
     return call.even_axes

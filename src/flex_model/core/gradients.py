@@ -24,7 +24,6 @@ from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import AxisKind
 from flex_model.layout.values import digest
-from flex_model.routing.delivery import to_host
 from flex_model.routing.route import gradient_scale
 from flex_model.routing.rows import Gathered
 
@@ -180,7 +179,7 @@ def meet_gradient(
         if sink is not None:
             local = plain(now.detach())
             local, selected = _selected(runtime, bound, local if rows is None else rows.take(local))
-            local = to_host(local, runtime.keep_on(layout))
+            local = runtime.copies.take(local, runtime.keep_on(layout))
             staged = Staged(bound, key, local, _gradient_form(form), layout, True, selected=selected)
             staged.microbatch, staged.occurrence = call.microbatch, form.spot.occurrence
             staged.rows = () if rows is None else (rows,)

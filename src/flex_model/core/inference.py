@@ -84,8 +84,6 @@ class Inference:
         self._kinds: dict[Any, int] = {}
         self._kind = 0
         self._occurrence: Counter[tuple[str, str]] = Counter()
-        first = next((p for root in roots for p in root.parameters()), None)
-        self._device = torch.device("cpu" if first is None else first.device.type)  # ranks talk through it
         self._trivial = Layout(tuple(Replicate() for _ in mesh.axes), "one process")
 
     # -- a call ------------------------------------------------------------------------------------------------
@@ -307,7 +305,7 @@ class Inference:
             return
         for form in claims:
             self._claimed.pop(form, None)
-        for form, found in settle(claims, self.mesh, self._device).items():
+        for form, found in settle(claims, self.mesh).items():
             self.known[form] = found
             if isinstance(found, LayoutError) and found.passing:
                 self._passing.append(form)

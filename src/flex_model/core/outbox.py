@@ -26,6 +26,7 @@ from flex_model.layout.layout import Layout
 from flex_model.routing.delivery import Buffers, Item, deliver
 from flex_model.routing.hop import Hop, Parcel
 from flex_model.routing.route import gradient_scale
+from flex_model.trees import copy_tree
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
@@ -109,11 +110,16 @@ class Outbox:
             elif isinstance(value, Exception):
                 problems.append(value)
             else:
-                self._sink(bound, gradient).put(key, self._kept(value))
+                arrived.append((self._sink(bound, gradient), key, value))
 
+        arrived: list[tuple[Sink, Any, Any]] = []
         refused_everywhere: list[Refused] = []
         problems: list[Exception] = []
         self.hop.exchange(parcels, self.runtime.device_of_values, put)
+        arrived = [(sink, key, copy_tree(value, self._keep)) for sink, key, value in arrived]
+        self.runtime.copies.wait()
+        for sink, key, value in arrived:
+            sink.put(key, value)
         for problem in problems:
             raise problem
         self.raise_refused(refused_everywhere)
@@ -126,7 +132,7 @@ class Outbox:
             here: list[tuple[Item, Any]] = []
             for item in items:
                 item.put = lambda value, item=item: here.append((item, value))  # type: ignore[misc]
-            self.deliver(items)
+            self.deliver(items, keep=lambda value: value)  # on they go
         except FlexModelError as error:  # all ranks of the stage have it
             return [*parcels, Parcel((0, None, False), "all", error)]
         for item, value in here:
@@ -137,9 +143,8 @@ class Outbox:
                 parcels.append(Parcel((index[id(bound)], key, gradient), item.mode, unnamed(value)))
         return parcels
 
-    def _kept(self, value: Any) -> Any:
-        device = self.runtime.device
-        return value if not isinstance(value, Tensor) or device is None else value.to(device)
+    def _keep(self, value: Tensor) -> Tensor:
+        return self.runtime.copies.bring(value, self.runtime.device)
 
     @staticmethod
     def _sink(bound: Bound, gradient: bool) -> Sink:
@@ -208,7 +213,7 @@ class Outbox:
             finish, check = flattened.finish(finish), flattened.check(check)
 
         def put(full: Any) -> None:
-            give(sink, key, full, self._kept)
+            give(sink, key, full)
 
         label = (bound, key, staged.gradient)
         item = Item(bound.where, local, layout, bound.deliver, put, scale, finish, check, label)
@@ -226,10 +231,11 @@ class Outbox:
         self.status.selections[bound.where] = bound.selection.failure if new is None else ON_SHARDS
         return None if new is None else (bound.selection.take(local), new)
 
-    def deliver(self, items: list[Item]) -> None:
-        self.runtime.wait_for_copies()
+    def deliver(self, items: list[Item], keep: Callable[[Tensor], Tensor] | None = None) -> None:
+        copies = self.runtime.copies
+        copies.wait()  # what is finished here is read
         with torch.inference_mode(False):
-            failed = deliver(items, self.runtime.mesh, self._buffers)
+            failed = deliver(items, self.runtime.mesh, self._buffers, keep or self._keep, copies.wait)
         refused: list[Refused] = []
         for item, error in failed:
             if isinstance(error, LayoutError):  # on every rank

@@ -22,7 +22,7 @@ from flex_model.errors import LayoutError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts
-from flex_model.routing.delivery import Item, to_host
+from flex_model.routing.delivery import Item
 from flex_model.routing.route import Route
 from flex_model.routing.rows import Gathered, Ids, encode, parted_axes, resolve
 
@@ -161,8 +161,8 @@ class Identified:
 
 def identified(value: Tensor, rows: Gathered) -> Identified:
     """A value that is whole on this rank."""
-    host = torch.device("cpu")
-    return Identified(value, to_host(rows.tokens, host), to_host(rows.experts, host), rows.origin.serial)
+    tokens, experts = (ids.detach().to("cpu", copy=True) for ids in (rows.tokens, rows.experts))
+    return Identified(value, tokens, experts, rows.origin.serial)
 
 
 class Identity:

@@ -43,6 +43,7 @@ from flex_model.engines.unsupported import refuse_transform, refuse_unsupported
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.collectives import all_gather_objects
+from flex_model.routing.copies import Copies
 from flex_model.routing.roll_call import roll_call
 from flex_model.routing.watch import NoWatch, Watch
 
@@ -84,6 +85,7 @@ class Runtime:
         self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.calls = 0
         self.remembered: WeakValueDictionary[int, ActiveCall] = WeakValueDictionary()  # their graphs hold them
+        self.copies = Copies()
         self.outbox = Outbox(self)
         self.backward = Backward(self)
         self.steps = Steps(self)
@@ -314,7 +316,7 @@ class Runtime:
         if self.installed.stale:
             self.installed.put_on()
         if not self.whole.axes:
-            self.wait_for_copies()
+            self.copies.wait()
             fast.put_all(call.staged)
         elif call.place is not None:
             self.steps.keep(call)
@@ -345,11 +347,6 @@ class Runtime:
 
     def stage(self, call: ActiveCall, staged: Staged) -> None:
         call.staged.append(staged)
-
-    def wait_for_copies(self) -> None:
-        """Copies from a GPU run beside the model; from here on they can be read."""
-        for device in self.gpus:
-            torch.cuda.current_stream(device).synchronize()
 
     def keep_on(self, layout: Layout | None) -> torch.device | None:
         """Where a staged value waits: on the user's device at once if nothing has to move between ranks."""

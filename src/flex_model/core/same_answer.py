@@ -22,7 +22,7 @@ def check_same_answer(bound: Bound, mesh: ModelMesh, out: Tensor) -> None:
         group, ranks = mesh.group(axis), mesh.axes[axis].ranks
         numbers = torch.view_as_real(out) if out.is_complex() else out
         flat = numbers.to(torch.double if numbers.is_floating_point() else torch.long).flatten()
-        low, high = extremes(torch.nan_to_num(flat) if flat.is_floating_point() else flat, group, out.device)
+        low, high = extremes(torch.nan_to_num(flat) if flat.is_floating_point() else flat, group)
         if torch.equal(low, high):
             continue
         first = int((low != high).nonzero()[0])

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ON_SHARDS", "Row", "Status", "told_to_all"]
 
-_CPU = torch.device("cpu")
 ON_SHARDS = "on shards"
 _LEAST, _MOST = -1, 2**40  # less and more than any mark
 Row = tuple[int, int, int]  # of a rank: number of values, new claims, mark of the values' places
@@ -71,18 +70,18 @@ class Status:
         selections, self.selections = self.selections, {}
         made = [_mark(sorted(_kinds(selections).items()))] * 2 if selections else [_LEAST, _MOST]
         row = [len(self.failures), len(places), claims, _mark(places), _mark((self.runtime.hooks_mark, edits)), *made]
-        low, high = extremes(torch.tensor(row), whole.control, _CPU)
+        low, high = extremes(torch.tensor(row), whole.control)
         if high[0]:
             self._raise_failure()
         if mesh is not whole and mesh.axes and not torch.equal(low, high):  # other stages hold other modules
-            low, high = extremes(torch.tensor(row), mesh.world, self.runtime.device_of_values)
+            low, high = extremes(torch.tensor(row), mesh.world)
         if not mesh.axes or torch.equal(low, high):
             return [tuple(row[1:4])]  # type: ignore[list-item]
         if low[4] != high[4] and not self.runtime.installed.uneven:
             self._raise_mismatch(edits)
         if high[5] > low[6]:  # of the ranks that made any
             self._compare_selections(selections)
-        return [(r[0], r[1], r[2]) for r in all_gather_ints(row[1:4], mesh.world, self.runtime.device_of_values)]
+        return [(r[0], r[1], r[2]) for r in all_gather_ints(row[1:4], mesh.world)]
 
     def _raise_failure(self) -> NoReturn:
         everyone = all_gather_objects(self.failures, self.runtime.whole.control)

@@ -143,7 +143,7 @@ class TrainableModules(nn.ModuleDict):
         if not slots:
             return
         marks = [(p.grad is not None) + 2 * (i in self._aside) for i, p in enumerate(slots)]  # type: ignore[union-attr]
-        seen = [max(m & 1 for m in all_) + 2 * max(m >> 1 for m in all_) for all_ in _over_ranks(marks, mesh, slots)]
+        seen = [max(m & 1 for m in all_) + 2 * max(m >> 1 for m in all_) for all_ in _over_ranks(marks, mesh)]
         for p, mark in zip(slots, seen, strict=True):
             if mark and p.grad is None:  # type: ignore[union-attr]
                 p.grad = torch.zeros_like(p)  # type: ignore[arg-type,union-attr]
@@ -203,9 +203,9 @@ class _SetAside(torch.autograd.Function):
         return torch.zeros_like(grad), None, None
 
 
-def _over_ranks(marks: list[int], mesh: ModelMesh, like: Sequence[Tensor | None]) -> list[tuple[int, ...]]:
+def _over_ranks(marks: list[int], mesh: ModelMesh) -> list[tuple[int, ...]]:
     """All ranks' marks, by slot."""
-    return list(zip(*all_gather_ints(marks, mesh.world, _plain(like[0]).device), strict=True))
+    return list(zip(*all_gather_ints(marks, mesh.world), strict=True))
 
 
 def _plain(parameter: Tensor | None) -> Tensor:

@@ -31,8 +31,7 @@ class FSDP2Engine(Engine):
         found: list[DeviceMesh] = []
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
-                groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
-                found += [g.mesh_info.mesh for g in groups if g.mesh_info.mesh not in found]
+                found += [g.mesh_info.mesh for g in _groups(module) if g.mesh_info.mesh not in found]
         return found
 
     @property
@@ -48,7 +47,7 @@ class FSDP2Engine(Engine):
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         # A forward leaves the root's parameters whole for a backward that will not come.
-        modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        modules: list[Any] = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
         before = [_is_sharded(m) for m in modules]
         try:
             yield
@@ -82,8 +81,7 @@ class FSDP2Engine(Engine):
     def _managed(self, owner: nn.Module, attribute: str) -> Any:
         """FSDP2's record of a parameter; the module itself may hold the unsharded one at the moment."""
         for module in self.module.modules():
-            groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
-            for record in (p for g in groups for p in g.fsdp_params):
+            for record in (p for g in _groups(module) for p in g.fsdp_params):
                 info = record._module_info
                 places = [
                     (info.module, info.param_name),
@@ -105,6 +103,15 @@ class FSDP2Engine(Engine):
         grad.to_local().add_(part.to_local())
 
 
-def _is_sharded(module: FSDPModule) -> bool:
-    groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
-    return all(group.is_sharded for group in groups)
+def _is_sharded(module: nn.Module) -> bool:
+    return all(group.is_sharded for group in _groups(module))
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    """FSDP2's groups of parameters, which a module had one of, if any, before torch 2.13."""
+    if not isinstance(module, FSDPModule):
+        return []
+    state: Any = module._get_fsdp_state()
+    only = getattr(state, "_fsdp_param_group", None)
+    groups: list[Any] = getattr(state, "_fsdp_param_groups", [] if only is None else [only])
+    return groups

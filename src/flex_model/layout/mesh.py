@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +22,8 @@ from flex_model.errors import MeshError
 __all__ = ["Axis", "AxisKind", "ModelMesh"]
 
 AxisKind = Literal["data", "tensor", "stage"]
+# Groups whose ranks are in the order of the mesh; before torch 2.13, torch sorts them.
+_IN_ORDER = {"sort_ranks": False} if "sort_ranks" in inspect.signature(dist.new_group).parameters else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,7 @@ class ModelMesh:
             return
         self._make_group(tuple(self.ranks))
         backend = "fake" if dist.get_backend() == "fake" else "gloo"
-        self._control = dist.new_group(self.ranks, **self._keywords("control"), backend=backend)
+        self._control = dist.new_group(self.ranks, **{**self._keywords("control"), "backend": backend})
         if self.stage_axis is not None and len(self.axes) > 2:  # of two axes, a stage is a line
             for stage in self.grid.unbind(self.stage_axis):
                 self._make_group(tuple(stage.flatten().tolist()))
@@ -188,6 +191,12 @@ class ModelMesh:
     def _make_group(self, ranks: tuple[int, ...]) -> None:
         # A group that only its members make is named by how many groups they have, which must then agree.
         if self._everyone or self.rank in ranks:
+            if not _IN_ORDER and list(ranks) != sorted(ranks):
+                raise MeshError(
+                    f"the model's mesh has ranks {list(ranks)} along an axis or in all, and torch {torch.__version__} "
+                    f"makes groups of ranks in rising order only; use a newer torch, or a mesh= whose ranks rise.",
+                    page="axes-on-no-mesh",
+                )
             group = dist.new_group(list(ranks), **self._keywords(""))
             if self.rank in ranks:
                 self._groups[ranks] = group
@@ -201,7 +210,8 @@ class ModelMesh:
             "timeout": self.timeout,
             "use_local_synchronization": not self._everyone,
             "group_desc": f"flex_model {what}".rstrip(),
-            "sort_ranks": False,
+            "backend": _with_host_memory(dist.get_backend_config()),
+            **_IN_ORDER,
         }
 
     @property
@@ -273,9 +283,23 @@ class ModelMesh:
         return "ModelMesh(" + ", ".join(f"{a.name}={a.size} ({a.kind})" for a in self.axes) + ")"
 
 
+def _with_host_memory(backends: str) -> str | None:
+    """For groups of the library's own: the user's backends, and one for small numbers in host memory.
+
+    >>> _with_host_memory("cuda:nccl"), _with_host_memory("cpu:gloo,cuda:nccl")
+    ('cpu:gloo,cuda:nccl', None)
+    """
+    devices = [part.partition(":")[0] for part in backends.split(",")]
+    return None if "cpu" in devices else f"cpu:gloo,{backends}"
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    if "nccl" in dist.get_backend_config(group):
+        group.abort()
+
+
 def _close(held: list[dist.ProcessGroup]) -> None:
-    with suppress(Exception):  # it may be half gone
-        if dist.get_backend(held[0]) == "nccl":
-            held[0].abort()
-        dist.destroy_process_group(held[0])
+    for end in (_abort, dist.destroy_process_group):
+        with suppress(Exception):  # it may be half gone
+            end(held[0])
     held.clear()

@@ -49,30 +49,28 @@ class _Site:
         return replicas and self.claim.digest.proves_nothing
 
 
-def settle(claims: Mapping[Key, Claim], mesh: ModelMesh, device: torch.device) -> dict[Key, Layout | LayoutError]:
+def settle(claims: Mapping[Key, Claim], mesh: ModelMesh) -> dict[Key, Layout | LayoutError]:
     """The layouts that all ranks' claims support, or the errors that refuse them. Collective."""
     found: dict[Key, Layout | LayoutError] = {}
     claims = {key: claims[key] for key in sorted(claims, key=repr)}
-    shared = _shared(claims, mesh, device, found)
+    shared = _shared(claims, mesh, found)
     if not shared:
         return found
     sites = {key: _Site(claim, list(claim.shape)) for key, claim in shared.items()}
     for axis in reversed(range(len(mesh.axes))):
-        _check_axis(axis, list(sites.values()), mesh, device)
-    _tell(sites, mesh, device, found)
+        _check_axis(axis, list(sites.values()), mesh)
+    _tell(sites, mesh, found)
     return found
 
 
 # -- the same claims -------------------------------------------------------------------------------------------
-def _shared(
-    claims: Mapping[Key, Claim], mesh: ModelMesh, device: torch.device, found: dict[Key, Layout | LayoutError]
-) -> dict[Key, Claim]:
+def _shared(claims: Mapping[Key, Claim], mesh: ModelMesh, found: dict[Key, Layout | LayoutError]) -> dict[Key, Claim]:
     """What all ranks claim alike; what is refused goes to ``found``."""
     said = [
         (key, c.placements, c.late, c.parted, len(c.shape), c.refusal, c.shape if c.refusal else ())
         for key, c in claims.items()
     ]
-    low, high = extremes(torch.tensor([mark(said)]), mesh.world, device)
+    low, high = extremes(torch.tensor([mark(said)]), mesh.world)
     if torch.equal(low, high):
         for key, c in claims.items():
             if c.refusal:
@@ -139,21 +137,21 @@ def _evidence(claim: Claim, mesh: ModelMesh) -> str:
 
 
 # -- axis by axis ----------------------------------------------------------------------------------------------
-def _check_axis(axis: int, sites: Sequence[_Site], mesh: ModelMesh, device: torch.device) -> None:
+def _check_axis(axis: int, sites: Sequence[_Site], mesh: ModelMesh) -> None:
     """Compare along this rank's line: replicas by their samples, shards by their sizes."""
     replicas = [s for s in sites if isinstance(s.claim.placements[axis], Replicate)]
     sharded = [s for s in sites if shard_dim(s.claim.placements[axis]) is not None]
     rows = [s.claim.digest.row() for s in replicas]
-    sizes = torch.tensor([s.shape[_dim(s, axis)] for s in sharded], dtype=torch.double)
+    sizes = torch.tensor([s.shape[_dim(s, axis)] for s in sharded], dtype=torch.double, device="cpu")
     if not rows and not len(sizes):
         return
-    low, high = extremes(torch.cat([*rows, sizes]), mesh.group(axis), device)
+    low, high = extremes(torch.cat([*rows, sizes]), mesh.group(axis))
     split = ROW * len(rows)
     _check_replicas(axis, replicas, low[:split].view(-1, ROW), high[:split].view(-1, ROW), mesh)
     uneven = (low[split:] != high[split:]).tolist()
     totals = sizes * mesh.axes[axis].size
     if any(uneven):
-        totals = sizes.to(device)
+        totals = sizes.clone()
         dist.all_reduce(totals, group=mesh.group(axis))
     for site, total, ragged in zip(sharded, totals.tolist(), uneven, strict=True):
         _add_up(axis, site, int(total), ragged, mesh)
@@ -192,11 +190,9 @@ def _add_up(axis: int, site: _Site, total: int, uneven: bool, mesh: ModelMesh) -
 
 
 # -- what any rank found ---------------------------------------------------------------------------------------
-def _tell(
-    sites: Mapping[Key, _Site], mesh: ModelMesh, device: torch.device, found: dict[Key, Layout | LayoutError]
-) -> None:
+def _tell(sites: Mapping[Key, _Site], mesh: ModelMesh, found: dict[Key, Layout | LayoutError]) -> None:
     mine = torch.tensor([[bool(s.problem), s.unproven, *s.ragged] for s in sites.values()], dtype=torch.long)
-    _, high = extremes(mine.flatten(), mesh.world, device)
+    _, high = extremes(mine.flatten(), mesh.world)
     flags = high.view(len(sites), -1).bool().tolist()
     bad = [key for key, (problem, *_) in zip(sites, flags, strict=True) if problem]
     if bad:

@@ -1,6 +1,7 @@
 """Bytes from rank to rank: the few collectives the library uses, for tensors of any dtype and of unequal sizes.
 
-Everything travels as bytes, so bool, fp8 and complex need nothing special.
+Values travel from device to device as bytes, so bool, fp8 and complex need nothing special. The small numbers by
+which ranks agree stay in host memory, where no device has to be waited for.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def all_gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], group: dist
     return [from_bytes(rows[i], s, local.dtype) for i, s in enumerate(shapes)]
 
 
-def all_gather_ints(values: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+def all_gather_ints(values: Sequence[int], group: dist.ProcessGroup) -> list[list[int]]:
     """Every rank's integers, in group order; the count is the same on all ranks."""
-    mine = torch.tensor(list(values), dtype=torch.long, device=device)
+    mine = torch.tensor(list(values), dtype=torch.long, device="cpu")
     out = mine.new_empty(dist.get_world_size(group) * len(values))
     all_gather_flat(out, mine, group=group)
     rows: list[list[int]] = out.view(-1, len(values)).tolist()
@@ -73,11 +74,11 @@ def all_gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return out
 
 
-def extremes(values: Tensor, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Tensor]:
+def extremes(values: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """The lowest and the highest of each value over all ranks: how ranks compare at a cost that does not grow with
     their number."""
-    values = values.to(device)
+    values = values.cpu()
     both = torch.cat([values, -values])
-    wait(dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group, async_op=True), both)
-    high, low = both.cpu().chunk(2)
+    wait(dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group, async_op=True))
+    high, low = both.chunk(2)
     return -low, high

@@ -24,7 +24,7 @@ from flex_model.routing.assembly import Parts, Shapes, assemble, merge, owners, 
 from flex_model.routing.collectives import all_gather_flat, all_gather_ints, extremes, from_bytes, to_bytes
 from flex_model.routing.straight import dtensor_holds, straight_layout, straighten
 
-__all__ = ["Buffers", "Deliver", "Item", "deliver", "exchange_shapes", "to_host"]
+__all__ = ["Buffers", "Deliver", "Item", "deliver", "exchange_shapes"]
 
 Deliver = Literal["main", "all", "local"]
 _BUCKET = 16 * 2**20  # bytes; values up to this size travel together
@@ -60,16 +60,17 @@ class Item:
     def complete(self, full: Tensor | Parts) -> None:
         """Runs between collectives, so that a failure must wait."""
         try:
-            if isinstance(full, Parts):
-                self.full = replace(full, tensors=tuple(self._completed(t) for t in full.tensors))
-            else:
-                self.full = self._completed(full)
+            self.full = _each(full, self._completed)
         except Exception as error:
             self.failure = error
 
     def _completed(self, full: Tensor) -> Tensor:
         full = full / self.scale if self.scale != 1 else full
         return self.finish(full) if self.finish is not None else full
+
+
+def _each(full: Tensor | Parts, fn: Callable[[Tensor], Tensor]) -> Tensor | Parts:
+    return replace(full, tensors=tuple(map(fn, full.tensors))) if isinstance(full, Parts) else fn(full)
 
 
 class Buffers:
@@ -87,22 +88,12 @@ class Buffers:
         return kept[:size]
 
 
-def to_host(tensor: Tensor, device: torch.device | None) -> Tensor:
-    """A copy of ``tensor`` on ``device``; from a GPU to the CPU it is asynchronous, into pinned memory."""
-    if tensor.is_inference():  # a copy made outside of inference mode is an ordinary tensor
-        with torch.inference_mode(False):
-            return tensor.to(device, copy=True) if device is not None else tensor.clone()
-    if device is None or tensor.device == device or tensor.device.type == device.type != "cuda":
-        return tensor.detach().clone()
-    if tensor.is_cuda and device.type == "cpu":
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor.detach(), non_blocking=True)
-    return tensor.detach().to(device, copy=True)
-
-
-def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> list[tuple[Item, Exception]]:
+def deliver(
+    items: Sequence[Item], mesh: ModelMesh, buffers: Buffers, keep: Callable[[Tensor], Tensor], kept: Callable[[], None]
+) -> list[tuple[Item, Exception]]:
     """Bring every item where it is wanted. Collective: all ranks of the mesh pass the same items in the same order.
 
+    ``keep`` brings what has arrived to where it is kept, and ``kept`` waits until all of it is there.
     Returns what could not be finished or put away on this rank (by a LayoutError: on every rank); everything else is
     delivered all the same. Raises ShapeError, on every rank and before anything is delivered, where a full shape is not
     the expected one.
@@ -111,7 +102,7 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> list[tu
     moving = [i for i in items if i.layout.moving_axes]
     asked = [i for i in moving if any(i.layout.ragged)]
     if asked:
-        found = exchange_shapes([tuple(i.local.shape) for i in asked], mesh, asked[0].local.device)
+        found = exchange_shapes([tuple(i.local.shape) for i in asked], mesh)
         for item, shapes in zip(asked, found, strict=True):
             item.shapes = shapes
     for item in moving:
@@ -124,7 +115,7 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> list[tu
     for item in items:
         if item.mode == "local":
             try:
-                item.full = _as_dtensor(item, mesh)
+                item.full = _as_dtensor(item, mesh, keep)
             except LayoutError as error:
                 item.failure = error
         elif not item.layout.moving_axes and (item.mode == "all" or mesh.is_main):
@@ -134,6 +125,10 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> list[tu
     for axes in dict.fromkeys(_lines(i, mesh) for i in moving if i.mode == "all"):
         for bucket in _buckets([i for i in moving if i.mode == "all" and _lines(i, mesh) == axes]):
             _to_all(bucket, mesh, buffers) if axes is None else _along_lines(bucket, axes, mesh, buffers)
+    for item in items:
+        if item.mode != "local" and item.full is not None and item.failure is None:
+            item.full = _each(item.full, keep)
+    kept()
     for item in items:  # in the order of the calls, whatever moved first
         try:
             if item.full is not None and item.failure is None:
@@ -143,13 +138,13 @@ def deliver(items: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> list[tu
     return [(item, item.failure) for item in items if item.failure is not None]
 
 
-def exchange_shapes(mine: Sequence[tuple[int, ...]], mesh: ModelMesh, device: torch.device) -> list[Shapes]:
+def exchange_shapes(mine: Sequence[tuple[int, ...]], mesh: ModelMesh) -> list[Shapes]:
     """Everybody's shapes of several values; only those that differ between ranks are listed. Collective."""
-    low, high = extremes(torch.tensor([s for shape in mine for s in shape], dtype=torch.long), mesh.world, device)
+    low, high = extremes(torch.tensor([s for shape in mine for s in shape], dtype=torch.long), mesh.world)
     ends = list(accumulate(map(len, mine)))
     differs = [bool((low != high)[end - len(shape) : end].any()) for end, shape in zip(ends, mine, strict=True)]
     sizes = [s for shape, uneven in zip(mine, differs, strict=True) if uneven for s in shape]
-    rows = [iter(row) for row in all_gather_ints(sizes, mesh.world, device)] if sizes else []
+    rows = [iter(row) for row in all_gather_ints(sizes, mesh.world)] if sizes else []
     return [
         Shapes([tuple(islice(row, len(shape))) for row in rows] if uneven else [shape], mesh.size)
         for shape, uneven in zip(mine, differs, strict=True)
@@ -268,17 +263,17 @@ def _along_lines(bucket: Sequence[Item], axes: Sequence[int], mesh: ModelMesh, b
         item.complete(value)
 
 
-def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
+def _as_dtensor(item: Item, mesh: ModelMesh, keep: Callable[[Tensor], Tensor]) -> Tensor | Parts:
     """This rank's shard as a DTensor of the global shape; nothing moves but zig-zag chunks, to contiguous order.
 
     It is this rank's own part where a DTensor would take the ranks' shards for others.
     """
     local = item.local if item.scale == 1 else item.local / item.scale
     if not mesh.axes:
-        return local
+        return keep(local)
     layout, shape = item.layout, _full_shape(item, mesh)
     if layout.parted:
-        return Parts((local,), ({mesh.names[i]: mesh.coordinate[i] for i in layout.parted},))
+        return Parts((keep(local),), ({mesh.names[i]: mesh.coordinate[i] for i in layout.parted},))
     if item.shapes is not None and not item.shapes.even and not dtensor_holds(layout, mesh, shape, item.shapes):
         sums = [name for name, p in zip(mesh.names, layout.placements, strict=True) if isinstance(p, Partial)]
         if sums:
@@ -286,9 +281,10 @@ def _as_dtensor(item: Item, mesh: ModelMesh) -> Tensor | Parts:
                 f"{item.where}: deliver='local' would give each rank summands of its rows ({', '.join(sums)}), and "
                 f"ranks hold numbers of rows that no DTensor can state; deliver='all' or 'main' gives the whole value."
             )
-        return Parts((local,), (dict(zip(mesh.names, mesh.coordinate, strict=True)),))
+        return Parts((keep(local),), (dict(zip(mesh.names, mesh.coordinate, strict=True)),))
+    local = keep(straighten(local, layout, mesh))
     return DTensor.from_local(
-        straighten(local, layout, mesh),
+        local,
         mesh.device_mesh(local.device.type),
         straight_layout(layout).placements,
         run_check=False,

@@ -71,7 +71,7 @@ class Hop:
         line = self.mesh.axes[axis].ranks
         home = line.index(self.mesh.main) if self.mesh.main in line else None  # main's place on this line
         mine = [p for p in mine if p.mode == "all" or home is not None]
-        bills = self._bills([_bill(p) for p in mine], device)
+        bills = self._bills([_bill(p) for p in mine])
         here = self.mesh.stage
         for source, theirs in enumerate(bills):
             own = list(mine) if source == here else []
@@ -93,9 +93,9 @@ class Hop:
                     for i in chosen:
                         put(own[i].label, own[i].value)
 
-    def _bills(self, mine: list[_Bill], device: torch.device) -> list[list[_Bill]]:
+    def _bills(self, mine: list[_Bill]) -> list[list[_Bill]]:
         mark = int.from_bytes(hashlib.blake2b(pickle.dumps(mine), digest_size=7).digest(), "big")
-        marks = tuple(row[0] for row in all_gather_ints([mark], self._group, device))
+        marks = tuple(row[0] for row in all_gather_ints([mark], self._group))
         if marks not in self._seen:
             if len(self._seen) > 64:
                 self._seen.clear()

@@ -27,9 +27,7 @@ class OneRankRoute:
     def __init__(self, mesh: ModelMesh, layout: Layout, local: Tensor) -> None:
         self.mesh, self.layout = mesh, layout
         mine = tuple(local.shape)
-        self.shapes = (
-            exchange_shapes([mine], mesh, local.device)[0] if any(layout.ragged) else Shapes([mine], mesh.size)
-        )
+        self.shapes = exchange_shapes([mine], mesh)[0] if any(layout.ragged) else Shapes([mine], mesh.size)
         self.me, self.main = mesh.me, mesh.group_rank(mesh.home)
         self.here = self.me == self.main
 

@@ -165,7 +165,7 @@ class Route:
         ragged = bool(self.layout.ragged) and self.layout.ragged[axis] and axis not in even_axes
         shapes = [shape] * size
         if ragged and dim is not None:
-            shapes = [tuple(row) for row in all_gather_ints(shape, group, local.device)]
+            shapes = [tuple(row) for row in all_gather_ints(shape, group)]
             if not fits(placement, shapes):
                 return None
         native = (

@@ -24,7 +24,6 @@ from typing import Any
 from zlib import crc32
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from flex_model.errors import FlexModelError, MismatchError, PeerError, summary
@@ -271,9 +270,9 @@ class _At:
         watch.place, watch.passed = self.before, self.place
 
 
-def wait(work: Any, tensor: Tensor) -> None:
-    """Wait for ranks that may be long in coming. In between Ctrl-C is heard, and who has failed."""
-    if tensor.is_cuda or not hasattr(work, "is_completed"):
+def wait(work: Any) -> None:
+    """Wait, in host memory, for ranks that may be long in coming. In between Ctrl-C is heard, and who has failed."""
+    if not hasattr(work, "is_completed"):
         work.wait()
         return
     start = time.monotonic()

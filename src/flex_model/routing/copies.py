@@ -1,0 +1,64 @@
+"""Copies of values as they are met: no later write can change them, and from a GPU they leave beside the model.
+
+A value on a GPU that is wanted on the host is cloned where it is, at the speed of that memory, and the clone goes to
+pinned memory on a stream of its own, while the model runs on. Nothing waits for it before somebody is given the value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Copies"]
+
+_ROOM = 2 * 2**30  # bytes of clones on a GPU that may be on their way at a time
+
+
+class Copies:
+    """The copies that one model's hooks make, and their ends."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._leaving: dict[torch.device, int] = {}  # bytes since the model last waited, or all copies did
+
+    def take(self, tensor: Tensor, device: torch.device | None) -> Tensor:
+        """A copy of ``tensor`` on ``device``, or where it is; on the host it can be read after ``wait``."""
+        if tensor.is_inference():  # a copy made outside of inference mode is an ordinary tensor
+            with torch.inference_mode(False):
+                return self._take(tensor.clone(), device)
+        return self._take(tensor.detach(), device)
+
+    def _take(self, tensor: Tensor, device: torch.device | None) -> Tensor:
+        if device is None or tensor.device == device or tensor.device.type == device.type != "cuda":
+            return tensor.clone()
+        if not tensor.is_cuda or device.type != "cpu" or tensor.numel() == 0:
+            return tensor.to(device, copy=True)
+        kept = tensor.clone(memory_format=torch.contiguous_format)
+        source, now = tensor.device, torch.cuda.current_stream(tensor.device)
+        beside = self._beside(source)
+        beside.wait_stream(now)
+        out = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+        with torch.cuda.stream(beside):
+            out.copy_(kept, non_blocking=True)
+        kept.record_stream(beside)  # its memory is free once the copy is made
+        size = self._leaving.get(source, 0) + kept.nbytes
+        if size > _ROOM:  # the model has to wait, on the device alone
+            now.wait_stream(beside)
+            size = 0
+        self._leaving[source] = size
+        return out
+
+    def _beside(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def bring(self, tensor: Tensor, device: torch.device | None) -> Tensor:
+        """``tensor`` itself if it is on ``device``, else a copy that is; on the host it can be read after ``wait``."""
+        return tensor if device is None or tensor.device == device else self.take(tensor, device)
+
+    def wait(self) -> None:
+        """Until all copies are made."""
+        for device in [d for d, size in self._leaving.items() if size]:
+            self._streams[device].synchronize()
+            self._leaving[device] = 0
