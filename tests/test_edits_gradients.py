@@ -36,7 +36,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def mix_gradient(g: Tensor) -> Tensor:
-    return g * 2 - g.mean(0, keepdim=True) + g.flip(-1)
+    return g * 2 - g.mean(0, keepdim=True) + torch.cat([g[..., 1:], g[..., :1]], -1)
 
 
 def plain_edit(model: nn.Module, site: str, hook_type: str, fn: Callable[[Tensor], Tensor]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import context
 import engines
 import models
 import parity
@@ -59,17 +60,21 @@ def _alone() -> tuple[str, list[str], int]:
     return str(count), count.wrong + count.refused, count.tried
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "tp", "sp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "tp"])
 def test_edits_and_gradients(engine: str) -> None:
     for tried, bad in run_gpus(2, test_edits_gradients.all_of, engine, True):
         print(f"{engine}: {tried - len(bad)} exact of {tried}")
         assert not bad and tried == 15
 
 
+def _long_context() -> tuple[str, list[str], int]:
+    context.LENGTH = 128  # the kernel pads what torch merges to 32 tokens, and a rank has chunks of a fourth
+    return torch_context("cuda", True, True, SDPBackend.EFFICIENT_ATTENTION)
+
+
 def test_torch_context() -> None:
     """Causal and zig-zag, which torch cannot run on the CPU."""
-    backend = SDPBackend.EFFICIENT_ATTENTION
-    for text, problems, tried in run_gpus(2, torch_context, "cuda", True, True, backend):
+    for text, problems, tried in run_gpus(2, _long_context):
         print(f"torch's context_parallel, causal, zig-zag: {text}")
         assert not problems and tried == 114
 

@@ -25,6 +25,9 @@ class ZigZag(Placement):
 
     dim: int
 
+    def __post_init__(self) -> None:
+        Placement.__init__(self)  # before torch 2.13 its base class is not Python's
+
     def __repr__(self) -> str:
         return f"ZigZag(dim={self.dim})"
 
