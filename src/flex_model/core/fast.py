@@ -61,8 +61,7 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
         or hook.run == "sharded"
     ):
         return None
-    stays = runtime.on_one_device and runtime.device is not None and runtime.device_of_values == runtime.device
-    if bound.edit is None and stays:
+    if bound.edit is None and runtime.on_one_device:
         return _capture(runtime, point, bound)
     if bound.sink is None and bound.edit is not None and not bound.wants_call and hook.expected_shape is None:
         return _edit(runtime, point, bound)
@@ -70,14 +69,15 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
 
 
 def _capture(runtime: Runtime, point: Point, bound: Bound) -> Hook:
-    key = bound.key
+    key, copies, device = bound.key, runtime.copies, runtime.device
+    stays = device is None or runtime.device_of_values == device
 
     def capture(module: nn.Module, args: Any, output: Any) -> Any:
         call = runtime.fast_call  # None within probes and recomputations
         if call is None or type(output) is not Tensor:
             return point.on_output(module, args, output)
         bound.fired += 1
-        call.staged.append(Staged(bound, key, output.detach().clone()))
+        call.staged.append(Staged(bound, key, output.detach().clone() if stays else copies.take(output, device)))
         return None
 
     return capture

@@ -1,7 +1,8 @@
 """Copies of values as they are met: no later write can change them, and from a GPU they leave beside the model.
 
 A value on a GPU that is wanted on the host is cloned where it is, at the speed of that memory, and the clone goes to
-pinned memory on a stream of its own, while the model runs on. Nothing waits for it before somebody is given the value.
+pinned memory on a stream of its own, while the model runs on; a small one goes at once, which is sooner done. Nothing
+waits for it before somebody is given the value.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 __all__ = ["Copies"]
 
+_SMALL = 2**18  # bytes that have left sooner than another stream is told of them
 _ROOM = 2 * 2**30  # bytes of clones on a GPU that may be on their way at a time
 
 
@@ -19,7 +21,8 @@ class Copies:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._leaving: dict[torch.device, int] = {}  # bytes since the model last waited, or all copies did
+        self._leaving: dict[torch.device, int] = {}  # bytes of clones since the model last waited for them
+        self._used: set[torch.cuda.Stream] = set()  # since ``wait``
 
     def take(self, tensor: Tensor, device: torch.device | None) -> Tensor:
         """A copy of ``tensor`` on ``device``, or where it is; on the host it can be read after ``wait``."""
@@ -33,19 +36,23 @@ class Copies:
             return tensor.clone()
         if not tensor.is_cuda or device.type != "cpu" or tensor.numel() == 0:
             return tensor.to(device, copy=True)
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        now = torch.cuda.current_stream(tensor.device)
+        if tensor.nbytes <= _SMALL:
+            self._used.add(now)
+            return out.copy_(tensor, non_blocking=True)
         kept = tensor.clone(memory_format=torch.contiguous_format)
-        source, now = tensor.device, torch.cuda.current_stream(tensor.device)
-        beside = self._beside(source)
+        beside = self._beside(tensor.device)
         beside.wait_stream(now)
-        out = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+        self._used.add(beside)
         with torch.cuda.stream(beside):
             out.copy_(kept, non_blocking=True)
         kept.record_stream(beside)  # its memory is free once the copy is made
-        size = self._leaving.get(source, 0) + kept.nbytes
+        size = self._leaving.get(tensor.device, 0) + kept.nbytes
         if size > _ROOM:  # the model has to wait, on the device alone
             now.wait_stream(beside)
             size = 0
-        self._leaving[source] = size
+        self._leaving[tensor.device] = size
         return out
 
     def _beside(self, device: torch.device) -> torch.cuda.Stream:
@@ -59,6 +66,7 @@ class Copies:
 
     def wait(self) -> None:
         """Until all copies are made."""
-        for device in [d for d, size in self._leaving.items() if size]:
-            self._streams[device].synchronize()
-            self._leaving[device] = 0
+        for stream in self._used:
+            stream.synchronize()
+        self._used.clear()
+        self._leaving.clear()
