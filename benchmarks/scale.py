@@ -40,15 +40,15 @@ def _timed(spent: dict[str, float], name: str, function: Callable[..., Any]) -> 
 def measure(grid: tuple[int, ...], sites: int, rank: int = 1) -> dict[str, float]:
     """Seconds by part, and MiB."""
     spent: dict[str, float] = defaultdict(float)
-    kept = inference.claim, inference.settle, inference.probe, inference.Twin.shapes
+    kept = inference.claim, inference.settle, inference.Probe.along, inference.Twin.shapes
     inference.claim = _timed(spent, "claims", inference.claim)
     inference.settle = _timed(spent, "settling", inference.settle)
-    inference.probe = _timed(spent, "probe", inference.probe)
+    inference.Probe.along = _timed(spent, "probe", inference.Probe.along)  # type: ignore[method-assign]
     inference.Twin.shapes = _timed(spent, "twin", inference.Twin.shapes)  # type: ignore[method-assign]
     try:
         return _measure(grid, sites, rank, spent)
     finally:
-        inference.claim, inference.settle, inference.probe, inference.Twin.shapes = kept  # type: ignore
+        inference.claim, inference.settle, inference.Probe.along, inference.Twin.shapes = kept  # type: ignore
 
 
 def _measure(grid: tuple[int, ...], sites: int, rank: int, spent: dict[str, float]) -> dict[str, float]:
@@ -84,7 +84,9 @@ def main() -> None:
     measure(GRIDS[0], 10)  # what is made once
     rows = [measure(grid, sites) for grid in GRIDS]
     columns = ["ranks", "forward", "probe", "twin", "claims", "settling", "plan", "groups", "MiB"]
-    print(f"{sites} sites; each probe (batch, sequence) is two forwards of the model, the twin two on the meta device")
+    print(
+        f"{sites} sites; the probes (batch, sequence) are three forwards of the model, the twin two on the meta device"
+    )
     print("".join(f"{c:>10}" for c in columns))
     for row in rows:
         print(f"{row['ranks']:10.0f}" + "".join(f"{row.get(c, 0):10.3f}" for c in columns[1:]))

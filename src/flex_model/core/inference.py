@@ -23,10 +23,10 @@ from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim, Evidence, claim
 from flex_model.layout.layout import Layout, on_dim, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.layout.probe import BATCH, SEQUENCE, Along, BatchDim, probe
+from flex_model.layout.probe import BATCH, SEQUENCE, Along, BatchDim, Probe
 from flex_model.layout.record import Key, Watched, input_kind
 from flex_model.layout.sequence import Order, order_by_positions
-from flex_model.layout.twin import GlobalShapes, Twin, TwinShapes, global_shapes
+from flex_model.layout.twin import GlobalShapes, Shapes, Twin, TwinShapes, global_shapes
 from flex_model.routing.agreement import settle, settle_alone
 from flex_model.trees import Leaf, copy_tree, input_leaves
 
@@ -129,19 +129,20 @@ class Inference:
         self._inputs = (called, *copy_tree((args, kwargs), lambda t: t.detach().clone()))
         self._twin, self._found = None, {}
         self._shapes = global_shapes(module)
-        for along in self._probes:
-            self._probe(along)
+        if self._probes:
+            module, args, kwargs = self._inputs
+            probe = Probe(module, args, kwargs, self._watched, self.engines.batch_dim(module, (args, kwargs)))
+            for along in self._probes:
+                self._found[along.word] = self._tried(probe, along)
 
-    def _probe(self, along: Along) -> None:
-        assert self._inputs is not None
-        module, args, kwargs = self._inputs
+    @staticmethod
+    def _tried(probe: Probe, along: Along) -> dict[Key, list[BatchDim]] | str:
         try:
-            dim = self.engines.batch_dim(module, (args, kwargs))
-            self._found[along.word] = probe(module, args, kwargs, self._watched, along, dim)
+            return probe.along(along)
         except Exception as error:
             failure = f"the {along.word} could not be probed ({type(error).__name__}: {str(error)[:200]})"
-            self._found[along.word] = failure
             logger.info("%s", failure)
+            return failure
 
     def end(self) -> None:
         self._inputs = self._twin = None
@@ -268,14 +269,13 @@ class Inference:
             dim = self.engines.batch_dim(inside, (args, kwargs))
             kept = {a.ranks for a in self.mesh.axes if a.sequence}
             self._twin = Twin(inside, self.engines, self._shapes, dim, kept).shapes(args, kwargs, self._watched)
-        once, twice = self._twin.once.get(key), self._twin.twice.get(key)
-        if once is None or twice is None:
-            once = twice = None
-        return {
-            "twin": once[index] if once is not None and index < len(once) else None,
-            "twin_twice": twice[index] if twice is not None and index < len(twice) else None,
-            "twin_failure": self._twin.failure,
-        }
+        shapes = self._twin
+
+        def of(found: Shapes) -> tuple[int, ...] | None:
+            here = found.get(key, ())
+            return here[index] if index < len(here) else None
+
+        return {"twin": of(shapes.once), "twin_twice": lambda: of(shapes.twice()), "twin_failure": shapes.failure}
 
     def _disorder(self, key: Key, index: int) -> str | None:
         return None if self._twin is None else self._twin.disordered.get((key, index))

@@ -29,7 +29,7 @@ class Evidence:
     where: str
     stated: Mapping[int, tuple[Placement, str]] = field(default_factory=dict)
     twin: tuple[int, ...] | None = None  # global shape
-    twin_twice: tuple[int, ...] | None = None  # at twice the batch
+    twin_twice: Callable[[], tuple[int, ...] | None] = lambda: None  # at twice the batch
     twin_failure: str = ""
     batch: BatchDim | None = None
     sequence: BatchDim | None = None
@@ -141,10 +141,7 @@ def _tensor_placements(
     if len(grown) > 1:
         raise _Refusal(f"several dims differ: {shape} here, {full} by the {word}")
     dim = grown[0]
-    if evidence.twin_twice is not None and evidence.twin is not None and word == "twin":
-        if len(evidence.twin_twice) != len(full) or evidence.twin_twice[dim] != full[dim]:
-            raise _Refusal(f"dim {dim} is sharded and also grows with the batch, so its order is unknown")
-    elif batch_dim == dim:
+    if batch_dim == dim or (word == "twin" and _grows(dim, full, evidence)):
         raise _Refusal(f"dim {dim} is sharded over a tensor axis and also holds the batch, so its order is unknown")
     order = evidence.order(dim, full[dim])
     if isinstance(order, str):
@@ -158,6 +155,16 @@ def _tensor_placements(
     out: dict[int, tuple[Placement, str]] = {i: (Replicate(), word) for i in axes}
     out[holders[0]] = (placement, word)
     return out
+
+
+def _grows(dim: int, full: tuple[int, ...], evidence: Evidence) -> bool:
+    """Whether a dim grows with the batch, by the probe or else by another run of the twin."""
+    if evidence.batch is not None and not evidence.batch.refusal:
+        return evidence.batch.dim == dim
+    twice = evidence.twin_twice()
+    if twice is None:
+        raise _Refusal("the twin has no such value at twice the batch")
+    return len(twice) != len(full) or twice[dim] != full[dim]
 
 
 def _full_shape(shape: tuple[int, ...], evidence: Evidence) -> tuple[tuple[int, ...], str]:

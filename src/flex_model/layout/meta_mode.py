@@ -49,7 +49,7 @@ class IntegersAreReal(TorchDispatchMode):
         if on_meta and func in _SUBSTITUTES:
             return _SUBSTITUTES[func](*args, **kwargs)
         if func in _ELEMENT_BY_ELEMENT and _of_one_form(*args) and args[0].is_floating_point():
-            return torch.empty_like(args[0])
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
         if func is aten.histc.default and not args[0].is_floating_point():
             args = (args[0].float(), *args[1:])
         if kwargs.get("device") is not None:
@@ -110,6 +110,12 @@ def _grouped_mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> Tensor:  # the meta
     return torch.empty((*lead, a.shape[-2], b.shape[-1]), dtype=a.dtype, device="meta")
 
 
+def _mm(a: Tensor, b: Tensor) -> Tensor:  # the meta kernel is Python, and most of a run
+    if a.shape[1] != b.shape[0]:
+        raise RuntimeError(f"a and b cannot be multiplied: {tuple(a.shape)} and {tuple(b.shape)}")
+    return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
+
+
 def _of_one_form(a: Any, b: Any) -> bool:
     """Whether an operator on these two has nothing to decide: torch's meta kernels are Python and look at much."""
     return (
@@ -126,6 +132,7 @@ def _of_one_form(a: Any, b: Any) -> bool:
 
 _ELEMENT_BY_ELEMENT = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: _mm,
     aten._local_scalar_dense.default: _scalar,
     aten.nonzero.default: _nonzero,
     aten._grouped_mm.default: _grouped_mm,

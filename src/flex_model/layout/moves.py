@@ -37,9 +37,9 @@ _Blocks = Fraction | None  # None: nobody knows
 
 
 class _Step(NamedTuple):
-    """An operation: what it is called, the tensors it took and made by number, and how it moves elements."""
+    """An operation: the tensors it took and made by number, and how it moves elements."""
 
-    name: str
+    func: Any
     took: tuple[int, ...]
     made: tuple[int, ...]
     view: bool = False
@@ -69,13 +69,15 @@ class Trace:
             self._numbers[id(result)] = (self.number(args[0]), result)
             return
         before = tuple(map(self.number, took))
-        results = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
-        made = tuple(self.number(t) for t in results if isinstance(t, Tensor))
+        if isinstance(result, Tensor):
+            made: tuple[int, ...] = (self.number(result),)
+        else:
+            made = tuple(self.number(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
         if getattr(func, "is_view", False) and before:
             self.seen_through.update((n, before[0]) for n in made if n != before[0])
         joined = (args[1] if len(args) > 1 else 0) if func is aten.cat.default else None
         repeats = tuple(args[1]) if func is aten.repeat.default else ()
-        self.steps.append(_Step(str(func), before, made, view, joined, repeats))
+        self.steps.append(_Step(func, before, made, view, joined, repeats))
 
 
 def out_of_order(local: Trace, whole: Trace, *, cut: bool = False) -> dict[int, str]:
@@ -85,8 +87,8 @@ def out_of_order(local: Trace, whole: Trace, *, cut: bool = False) -> dict[int, 
         raise ValueError("the code does other things on one rank than without the others")
     follower = _Follower(local, whole)
     for here, there in zip(local.steps, whole.steps, strict=False):
-        if (here.name, len(here.took), len(here.made)) != (there.name, len(there.took), len(there.made)):
-            raise ValueError(f"the code does {here.name} on one rank and {there.name} without the others")
+        if (here.func, len(here.took), len(here.made)) != (there.func, len(there.took), len(there.made)):
+            raise ValueError(f"the code does {here.func} on one rank and {there.func} without the others")
         follower.follow(here, there)
     return follower.why
 

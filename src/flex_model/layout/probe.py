@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flex_model.layout.record import Key, Watched, batch_size, double_batch, recorded
+from flex_model.layout.record import Key, Watched, batch_size, double_batch, recorded, uncollected
 from flex_model.layout.sequence import double_sequence, sequence_length
 from flex_model.layout.values import close, local
 from flex_model.trees import copy_tree
 
-__all__ = ["BATCH", "SEQUENCE", "Along", "BatchDim", "probe"]
+__all__ = ["BATCH", "SEQUENCE", "Along", "BatchDim", "Probe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,41 +71,45 @@ BATCH = Along("batch", double_batch, batch_size)
 SEQUENCE = Along("sequence", double_sequence, sequence_length, roll=1)
 
 
-def probe(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    watched: Watched,
-    along: Along = BATCH,
-    dim: int = 0,
-) -> dict[Key, list[BatchDim]]:
-    """{key: one BatchDim a tensor} for the watched sides of modules; raises what the model raises.
+class Probe:
+    """The model on one call's inputs, and how the watched sides of its modules answer to more of them.
 
     ``dim`` is where the inputs hold the batch.
     """
 
-    def kept(_: Key, found: list[Tensor]) -> list[Tensor]:
-        return [local(t).clone() for t in found]
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched, dim: int = 0
+    ) -> None:
+        self._model, self._inputs, self._watched, self._dim = model, (args, kwargs), watched, dim
+        self._once: dict[Key, list[Tensor]] | None = None
 
-    def compared(key: Key, found: list[Tensor]) -> list[BatchDim]:
-        before = once.get(key, [])
-        if len(before) != len(found):
-            return [BatchDim(refusal=f"it fires another number of times at twice the {along.word}")] * len(found)
-        return [_dim(a, local(b), size, along) for a, b in zip(before, found, strict=True)]
+    def along(self, along: Along) -> dict[Key, list[BatchDim]]:
+        """{key: one BatchDim a tensor}; raises what the model raises."""
 
-    def forward(inputs: Any, keep: Any) -> dict[Key, Any]:
-        inner_args, inner_kwargs = copy_tree(inputs, lambda t: t.detach().clone())
-        with recorded(watched, keep) as seen:
-            model(*inner_args, **inner_kwargs)
+        def kept(_: Key, found: list[Tensor]) -> list[Tensor]:
+            return [local(t).clone() for t in found]
+
+        def compared(key: Key, found: list[Tensor]) -> list[BatchDim]:
+            before = once.get(key, [])
+            if len(before) != len(found):
+                return [BatchDim(refusal=f"it fires another number of times at twice the {along.word}")] * len(found)
+            return [_dim(a, local(b), size, along) for a, b in zip(before, found, strict=True)]
+
+        size = along.size(self._inputs, self._dim)
+        with _nothing_changed(self._model), uncollected():
+            if self._once is None:
+                self._once = self._forward(self._inputs, kept)
+            once = self._once
+            try:
+                return self._forward(along.double(self._inputs, dim=self._dim), compared)
+            except Exception:
+                return self._forward(along.double(self._inputs, vectors=False, dim=self._dim), compared)
+
+    def _forward(self, inputs: Any, keep: Callable[[Key, list[Tensor]], Any]) -> dict[Key, Any]:
+        args, kwargs = copy_tree(inputs, lambda t: t.detach().clone())
+        with recorded(self._watched, keep) as seen:
+            self._model(*args, **kwargs)
         return seen
-
-    size = along.size((args, kwargs), dim)
-    with _nothing_changed(model):
-        once = forward((args, kwargs), kept)
-        try:
-            return forward(along.double((args, kwargs), dim=dim), compared)
-        except Exception:
-            return forward(along.double((args, kwargs), vectors=False, dim=dim), compared)
 
 
 def _dim(once: Tensor, twice: Tensor, size: int | None, along: Along) -> BatchDim:

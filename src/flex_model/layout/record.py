@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from flex_model.trees import copy_tree, find_leaves, tensors
 
-__all__ = ["Key", "Watched", "batch_size", "double_batch", "input_kind", "recorded"]
+__all__ = ["Key", "Watched", "batch_size", "double_batch", "input_kind", "recorded", "uncollected"]
 
 
 Watched = dict[tuple[str, str], nn.Module]  # by name and side
@@ -50,6 +51,19 @@ def recorded(watched: Watched, keep: Callable[[Key, list[Tensor]], Any]) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Nothing is looked for that only refers to itself: of the many small objects made in here most live on, and each
+    search goes through all that the process has."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def batch_size(inputs: Any, dim: int = 0) -> int | None:

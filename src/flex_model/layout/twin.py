@@ -1,16 +1,18 @@
 """The meta twin: what shapes would this model's values have if it were not sharded?
 
-A copy of the module's own code with global parameter shapes runs at the real input shape and at twice the batch.
+A copy of the module's own code with global parameter shapes runs at the real input shape, and at twice the batch where
+no probe has told what grows with it.
 Floating tensors have no values (meta device); integers keep theirs, because models branch on masks, positions and
 lengths. Sizes are proven by this, order never is.
 """
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -19,14 +21,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from flex_model.layout.copied import UNCHANGING, copied
 from flex_model.layout.layout import shard_dim
 from flex_model.layout.meta_mode import IntegersAreReal, nonzero_is_full
 from flex_model.layout.moves import Trace, out_of_order
-from flex_model.layout.record import Key, Watched, double_batch, recorded
+from flex_model.layout.record import Key, Watched, double_batch, recorded, uncollected
 from flex_model.layout.values import sharding
 from flex_model.trees import copy_tree
 
-__all__ = ["GlobalShapes", "Opaque", "Twin", "TwinShapes", "global_shapes", "stripped"]
+__all__ = ["GlobalShapes", "Opaque", "Shapes", "Twin", "TwinShapes", "global_shapes", "stripped"]
 
 T = TypeVar("T")
 Shapes = dict[Key, list[tuple[int, ...]]]
@@ -50,7 +53,7 @@ class Mimic:
     """How this rank is played without the others: ``prepare`` readies a copy of its size. Not ``exact``: the code may
     fail without the others, and shows nothing then."""
 
-    prepare: Callable[[nn.Module], None] = lambda copied: None
+    prepare: Callable[[nn.Module], None] = lambda model: None
     exact: bool = True
 
 
@@ -114,6 +117,9 @@ def stripped(
         for module in model.modules():
             saved.append((module, dict(module.__dict__), module.__class__))
             for key, value in list(module.__dict__.items()):
+                kind = type(value)
+                if kind in UNCHANGING or (kind in (dict, OrderedDict) and not value):
+                    continue  # most attributes there are
                 if key.startswith("__composable_api"):
                     del module.__dict__[key]
                 elif key.endswith("_hooks") or "_hooks_" in key:
@@ -148,13 +154,13 @@ def stripped(
 
 @dataclass
 class TwinShapes:
-    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``).
+    """Global shapes of each site at the real batch (``once``) and at twice the batch (``twice``, run when asked for).
 
     ``disordered``: why the order of what is sharded is unknown there.
     """
 
     once: Shapes = field(default_factory=dict)
-    twice: Shapes = field(default_factory=dict)
+    twice: Callable[[], Shapes] = dict
     failure: str = ""
     disordered: dict[tuple[Key, int], str] = field(default_factory=dict)
 
@@ -182,17 +188,20 @@ class Twin:
 
     def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Watched) -> TwinShapes:
         """``names`` are the watched sides of modules of the real model by clean name."""
-        out = TwinShapes()
-        try:
-            trace = Trace()
-            once = self._whole((args, kwargs), names, trace)
-            twice = self._whole(double_batch((args, kwargs), dim=self._dim), names)
-        except Exception as error:  # it could not be copied
-            out.failure = _told(error)
-            return out
-        out.once, out.twice, out.failure = once.shapes, twice.shapes, once.stopped or twice.stopped
-        out.disordered = self._disordered((args, kwargs), names, once, trace)
-        return out
+        inputs = args, kwargs
+
+        @cache
+        def twice() -> Shapes:
+            with uncollected():
+                return self._whole(double_batch(inputs, dim=self._dim), names).shapes
+
+        with uncollected():
+            try:
+                trace = Trace()
+                once = self._whole(inputs, names, trace)
+            except Exception as error:  # it could not be copied
+                return TwinShapes(failure=_told(error))
+            return TwinShapes(once.shapes, twice, once.stopped, self._disordered(inputs, names, once, trace))
 
     def _whole(self, inputs: Any, names: Watched, trace: Trace | None = None) -> _Run:
         twin = self._copied()
@@ -201,7 +210,7 @@ class Twin:
 
     def _copied(self) -> nn.Module:
         with stripped(self._model, self._engines, self._kept, self._known) as memo:
-            twin = copy.deepcopy(self._model, memo)
+            twin = copied(self._model, memo)
         self._engines.make_whole(twin)
         return twin
 
@@ -221,10 +230,10 @@ class Twin:
                 return {}
             try:
                 with stripped(self._model, _AsItIs(self._engines), self._kept) as memo:
-                    copied = copy.deepcopy(self._model, memo)
-                mimic.prepare(copied)
+                    mine = copied(self._model, memo)
+                mimic.prepare(mine)
                 local = Trace()
-                self._run(copied, inputs, names, local)
+                self._run(mine, inputs, names, local)
                 why = out_of_order(local, trace, cut=bool(whole.stopped))
             except Exception as error:
                 if not mimic.exact:
