@@ -16,7 +16,7 @@ from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout
 from flex_model.layout.probe import BatchDim
 from flex_model.routing.rows import Gathered
-from flex_model.trees import find_leaves, first_tensor
+from flex_model.trees import find_leaves, input_leaves
 
 __all__ = ["ActiveCall", "Staged", "in_backward", "runs_already"]
 
@@ -34,6 +34,13 @@ def runs_already(module: nn.Module) -> bool:
             calls += 1
         frame = frame.f_back  # type: ignore[assignment]
     return calls > 1
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    """Without wrappers, which take whatever they are given."""
+    while isinstance(inner := getattr(module, "module", None), nn.Module):
+        module = inner
+    return module
 
 
 Snapshot = tuple[tuple[Any, ...], dict[str, object]]
@@ -81,6 +88,7 @@ class ActiveCall:
     edited: bool = False
     crossed: bool = False  # an edit has talked to ranks that need not run in lockstep, so that they do
     even_axes: frozenset[int] | None = None
+    past: int = 0  # positions in the cache when it began, where an edit asks
     bounds: tuple[Bound, ...] = ()  # the hooks that were on: those of a recomputation, whatever is on by then
 
     @property
@@ -89,14 +97,18 @@ class ActiveCall:
 
     def describe(self, experts: Tensor | None = None) -> Call:
         """What an editing function sees of this call; ``experts`` of the rows it is given."""
-        lead = first_tensor((self.args, self.kwargs))
-        named = {leaf.path: leaf.tensor for leaf in find_leaves(self.kwargs)}
+        leaves = input_leaves(_innermost(self.module), self.args, self.kwargs)
+        named = {leaf.path: leaf.tensor for leaf in leaves}
         positions = named.get("position_ids", named.get("cache_position"))
-        cache = self.kwargs.get("past_key_values")
-        length = getattr(cache, "get_seq_length", lambda: 0)()
-        decoding = lead is not None and lead.dim() > 1 and lead.shape[1] == 1 and int(length) > 0
+        lead = leaves[0].tensor if leaves else None
+        decoding = lead is not None and lead.dim() > 1 and lead.shape[1] == 1 and self.past > 0
         phase: Literal["prefill", "decode"] = "decode" if decoding else "prefill"
-        return Call(self.index, self.microbatch, phase, positions, experts)
+        return Call(self.index, self.microbatch, phase, positions, experts, self.past, named.get("attention_mask"))
+
+    def note_past(self) -> None:
+        """How much the cache holds, which the first layer to run will change."""
+        cache = self.kwargs.get("past_key_values")
+        self.past = int(getattr(cache, "get_seq_length", lambda: 0)())
 
     def shapes_mark(self) -> int:
         """A number that ranks share when all their input shapes are equal."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flex_model.errors import DeliveryError, NameNotFoundError
 from flex_model.routing.assembly import Parts
 from flex_model.routing.rows import Rows
 
-__all__ = ["Captured"]
+__all__ = ["Captured", "Ref"]
 
 Value = Tensor | Parts
 
@@ -39,6 +40,21 @@ class _Calls:
         if len(flat) == len(tokens):
             calls = self.rows.setdefault(key, {})
             calls.setdefault(serial if serial >= 0 else -1 - len(calls), []).append(Rows(flat, tokens, experts))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Ref:
+    """A captured value by name, for an edit."""
+
+    acts: Captured
+    key: str | Site
+    call: int | None = None
+
+    def __repr__(self) -> str:
+        return f"acts.ref({self.key!r}{'' if self.call is None else f', call={self.call}'})"
+
+    def value(self) -> Value:
+        return self.acts[self.key] if self.call is None else self.acts.calls(self.key)[self.call]
 
 
 class Captured(Mapping[str | Site, Value]):
@@ -98,6 +114,19 @@ class Captured(Mapping[str | Site, Value]):
 
     def __getitem__(self, key: str | Site) -> Value:
         return _only(self._of(self._values, key, "value"), key, "calls")
+
+    def ref(self, key: str | Site, *, call: int | None = None) -> Ref:
+        """A value for an edit of ``flex_model.edits``, looked up when the edit runs.
+
+        >>> with fm.capture("model.layers.3", deliver="local") as acts:                  # doctest: +SKIP
+        ...     fm(**clean)
+        >>> with fm.edit("model.layers.3", edits.patch(acts.ref("model.layers.3"))):     # doctest: +SKIP
+        ...     fm(**corrupted)
+
+        With ``deliver="local"`` every rank puts its own shard beside its own part of the value: nothing moves.
+        ``call``: which call, if there are several.
+        """
+        return Ref(self, key, call)
 
     def grad(self, key: str | Site) -> Value:
         """The full gradient of the captured value; needs ``grad=True`` and a backward."""

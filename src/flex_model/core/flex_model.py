@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -457,6 +458,22 @@ class FlexModel(nn.Module):
         from flex_model.check.parity import check
 
         return check(self, inputs, reference=reference, patterns=patterns, rtol=rtol, loss=loss, grad=grad)
+
+    def save_hooks(self, path: str | Path) -> Path:
+        """Keep the registered hooks, with groups, selections and edits, in the folder ``path``: JSON and safetensors.
+
+        Edits are presets of ``flex_model.edits``, or functions that can be imported; others raise EditError.
+        """
+        from flex_model.edits.hooks import save_hooks
+
+        return save_hooks(self, path)
+
+    def load_hooks(self, path: str | Path) -> list[RemovableHandle]:
+        """Register what ``save_hooks`` kept, all or nothing. Functions are imported from where they were: only load
+        what you trust to name them."""
+        from flex_model.edits.hooks import load_hooks
+
+        return load_hooks(self, path)
 
     def restore(self) -> nn.Module:
         """Take every hook off and return the wrapped module as it was given."""

@@ -34,7 +34,9 @@ class Call:
 
     ``index`` counts forwards of the whole model since wrapping; ``phase`` is ``"decode"`` where a single position runs
     against a cache, else ``"prefill"``; ``positions`` are absolute, ``(S,)`` or ``(B, S)``, or None where unknown.
-    ``experts``, ``(R,)``: the expert of each row, where the value's rows are tokens at experts; else None.
+    ``past`` is how many positions a cache held before this call, and ``attention_mask`` what the model was given as
+    such, both of this rank's rows. ``experts``, ``(R,)``: the expert of each row, where the value's rows are tokens at
+    experts; else None.
     """
 
     index: int
@@ -42,6 +44,8 @@ class Call:
     phase: Literal["prefill", "decode"] = "prefill"
     positions: Tensor | None = None
     experts: Tensor | None = None
+    past: int = 0
+    attention_mask: Tensor | None = None
 
 
 class HookFunction:
@@ -58,7 +62,8 @@ class HookFunction:
 
     ``unpack_idx``: which tensor of the value: a number in flattening order, a keyword or path, several, or ``"all"``.
     ``select``: an index, slice, tuple of them, or function, in global coordinates, applied before anything moves.
-    ``run``: ``"every_rank"``, ``"one_rank"`` or ``"sharded"`` (a DTensor; nothing is gathered).
+    ``run``: ``"every_rank"``, ``"one_rank"`` or ``"sharded"`` (a DTensor; nothing is gathered). Left out, it is what a
+    preset of ``flex_model.edits`` says, and every rank for others; so with ``random``.
     ``axes``: unshard only these mesh axes. ``layout``: the placements, for what cannot be found out.
     ``random=True``: the edit draws random numbers, the same on every rank and on one process.
     """
@@ -72,11 +77,13 @@ class HookFunction:
         *,
         capture: bool = True,
         select: Any = None,
-        run: RunMode = "every_rank",
+        run: RunMode | None = None,
         axes: Sequence[str] | None = None,
         layout: LayoutOverride | None = None,
-        random: bool = False,
+        random: bool | None = None,
     ) -> None:
+        if run is None:
+            run = getattr(editing_function, "default_run", "every_rank")
         if not isinstance(module_name, str):
             raise RegistrationError(f"module_name must be a string, got {type(module_name).__name__}.")
         if run not in get_args(RunMode):
@@ -98,10 +105,10 @@ class HookFunction:
         self.unpack_idx = unpack_idx
         self.capture = capture
         self.select = select
-        self.run = run
+        self.run: RunMode = run  # type: ignore[assignment]
         self.axes = None if axes is None else tuple(axes)
         self.layout = layout
-        self.random = random
+        self.random = bool(getattr(editing_function, "draws_random", False) if random is None else random)
 
     def __repr__(self) -> str:
         return f"HookFunction({self.module_name!r}{', edit' if self.editing_function else ''})"

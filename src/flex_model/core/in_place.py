@@ -19,6 +19,8 @@ def may_write(fn: Callable[..., Any]) -> bool:
 
     What has no bytecode (modules, builtins) is taken to write. A write in a function that ``fn`` calls is not seen.
     """
+    if getattr(fn, "default_run", None) is not None:  # a preset
+        return False
     while isinstance(fn, functools.partial):
         fn = fn.func
     code = getattr(getattr(fn, "__func__", fn), "__code__", None)

@@ -35,6 +35,7 @@ class Installed:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.enabled: tuple[Bound, ...] = ()
+        self.describes = False  # whether an edit asks about its call
         self.wanted: tuple[dict[tuple[str, str, str, bool], nn.Module], ...] = ({}, {})
         self.uneven = False  # ranks may meet hooks unequally often: rows at experts are where tokens have chosen them
         self.stale = False
@@ -66,6 +67,7 @@ class Installed:
         self.take_off()
         self.runtime.hooks_mark = ""
         self.enabled = tuple(b for b in self.runtime.bounds if b.enabled)
+        self.describes = any(b.wants_call for b in self.enabled)
         entries = self._entries(self.enabled) if self.enabled and self.runtime.active is None else []
         self._step_aside(self.enabled)
         outside: Callable[..., Any] = torch.compiler.disable if "torch._dynamo" in sys.modules else _as_it_is

@@ -236,6 +236,8 @@ class Runtime:
         self.active = ActiveCall(
             module, index, args, kwargs, grad_mode, self.steps.place, bounds=self.installed.enabled
         )
+        if self.installed.describes:
+            self.active.note_past()
         self.active.idle = bool(self.whole.axes) and not grad_mode and Engines.keeps_company()
         self.fast_call = None if self.whole.axes or torch.is_inference_mode_enabled() else self.active
         self.missed.calls[id(module)] = self.calls

@@ -247,6 +247,7 @@ def _without(heads: list[int], count: int) -> Callable[[Tensor], Tensor]:
     zero = edits.zero(heads, dim=-2)
 
     def edit(x: Tensor) -> Tensor:  # (B, S, heads * head_dim)
-        return zero(x.reshape(*x.shape[:-1], count, -1)).flatten(-2)
+        out: Tensor = zero(x.reshape(*x.shape[:-1], count, -1)).flatten(-2)
+        return out
 
     return edit
