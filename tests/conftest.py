@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flex_model import FlexModel
-from flex_model.core.compiled import something_is_compiled
+from flex_model.core.unfired.compiled import something_is_compiled
 
 REGISTER = {
     "forward": "register_forward_hook",

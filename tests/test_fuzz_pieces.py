@@ -20,7 +20,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from flex_model import ZigZag
-from flex_model.core.globs import glob_to_regex
+from flex_model.core.naming.globs import glob_to_regex
 from flex_model.layout.layout import Layout, merge_parts, my_part, shard_dim
 from flex_model.layout.moves import out_of_order
 from flex_model.routing.assembly import assemble, part_of

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction
-from flex_model.core.globs import glob_to_regex
-from flex_model.core.names import Names
+from flex_model.core.naming.globs import glob_to_regex
+from flex_model.core.naming.names import Names
 from flex_model.errors import NameNotFoundError
 
 PLAIN = [n for n, _ in net().named_modules()]

@@ -32,7 +32,7 @@ FORBIDDEN = {
 OBJECTS = {"all_gather_object", "all_gather_objects", "broadcast_object_list", "gather_object", "scatter_object_list",
            "send_object_list", "recv_object_list"}  # fmt: skip
 # From another rank of the same job, over the job's own connections.
-UNPICKLES = {"core/messages.py": "save_ctx from stage to stage"}
+UNPICKLES = {"core/stages/messages.py": "save_ctx from stage to stage"}
 SERVERS = {"bind", "listen", "TCPStore", "HTTPServer", "ThreadingHTTPServer", "create_server", "serve_forever"}
 
 
@@ -63,7 +63,7 @@ def test_torch_load_takes_weights_only() -> None:
             if not (isinstance(given, ast.Constant) and given.value is True):
                 unsafe.add(file)
     assert unsafe == set(UNPICKLES)
-    messages = ast.unparse(TREES["core/messages.py"])
+    messages = ast.unparse(TREES["core/stages/messages.py"])
     assert messages.count("torch.load(io.BytesIO(") == messages.count("torch.load("), "from memory, never from a file"
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction
-from flex_model.core.names import Names
+from flex_model.core.naming.names import Names
 from flex_model.errors import DeliveryError, RegistrationError
 
 # What torch cannot run itself, and why.

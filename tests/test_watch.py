@@ -13,7 +13,7 @@ import torch.distributed as dist
 from worlds import run_world
 
 from flex_model import FlexModel
-from flex_model.core import status
+from flex_model.core.agreeing import status
 from flex_model.routing import watch
 from flex_model.routing.watch import wait
 

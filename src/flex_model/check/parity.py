@@ -16,7 +16,7 @@ from flex_model.check.reference import NoReference, make_reference
 from flex_model.check.replicas import parameter_rows, trainable_rows
 from flex_model.check.report import Report
 from flex_model.check.run import Place, Run
-from flex_model.core.globs import Pattern
+from flex_model.core.naming.globs import Pattern
 from flex_model.routing.collectives import all_gather_objects
 from flex_model.trees import find_leaves
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from flex_model.check.measure import Statistics, measure
 from flex_model.check.run import Place, Run, What
 from flex_model.core.captured import Captured
-from flex_model.core.globs import Pattern
 from flex_model.core.hook_function import Site
+from flex_model.core.naming.globs import Pattern
 from flex_model.errors import MissedHookWarning
 from flex_model.routing.collectives import all_gather_objects
 

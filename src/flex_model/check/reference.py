@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flex_model.core.names import WRAPPERS
+from flex_model.core.naming.names import WRAPPERS
 from flex_model.core.whole import full_parameter
 from flex_model.errors import FlexModelError
 from flex_model.layout.twin import stripped

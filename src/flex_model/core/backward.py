@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate
 
 from flex_model.core import fast
+from flex_model.core.agreeing.status import told_to_all
+from flex_model.core.agreeing.uneven import align
 from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged, in_backward
 from flex_model.core.editing import run_edit
@@ -17,8 +19,6 @@ from flex_model.core.gradients import meet_gradient, parameter_layout
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form, Spot
 from flex_model.core.ragged import merge
-from flex_model.core.status import told_to_all
-from flex_model.core.uneven import align
 from flex_model.engines import GradientSite
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim

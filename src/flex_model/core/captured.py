@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flex_model.core.globs import Pattern, glob_to_regex
 from flex_model.core.hook_function import Site
-from flex_model.core.missed import Block
+from flex_model.core.naming.globs import Pattern, glob_to_regex
+from flex_model.core.unfired.missed import Block
 from flex_model.errors import DeliveryError, NameNotFoundError
 from flex_model.routing.assembly import Parts
 from flex_model.routing.rows import Rows

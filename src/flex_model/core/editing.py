@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint
 
+from flex_model.core.agreeing.same_answer import check_same_answer
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.guarded import Guarded
 from flex_model.core.hook_function import Call
-from flex_model.core.same_answer import check_same_answer
 from flex_model.errors import EditError, ShapeError
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh

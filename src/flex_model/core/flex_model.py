@@ -18,15 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.captured import Captured
-from flex_model.core.globs import Pattern
 from flex_model.core.groups import ALL
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType
 from flex_model.core.installed import Installed
-from flex_model.core.missed import Block
+from flex_model.core.naming.globs import Pattern
 from flex_model.core.register import bind, capture_bounds
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
 from flex_model.core.runtime import Runtime
 from flex_model.core.sinks import OutputSink
+from flex_model.core.unfired.missed import Block
 from flex_model.core.whole import full_batch, full_output, full_parameter
 from flex_model.core.wrapping import check_sizes, largest_mesh, plain_keys, with_signature_of, wrapped_keys
 from flex_model.errors import RegistrationError, ShapeError

@@ -17,8 +17,8 @@ from flex_model.core.editing import run_edit
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form, Spot, placements_on
 from flex_model.core.local import like, plain
-from flex_model.core.missed import mark_watched
 from flex_model.core.ragged import gathered, parted, refusal, whole_experts
+from flex_model.core.unfired.missed import mark_watched
 from flex_model.errors import LayoutError, ShapeError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout, shard_dim

@@ -13,8 +13,8 @@ from torch import nn
 
 from flex_model.core import fast
 from flex_model.core.bound import Bound
-from flex_model.core.compiled import Compiled
 from flex_model.core.firing import Point
+from flex_model.core.unfired.compiled import Compiled
 from flex_model.layout.values import sharding
 from flex_model.routing.rows import parted_axes
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from flex_model.core import flattened
+from flex_model.core.agreeing.status import ON_SHARDS, Status, told_to_all
+from flex_model.core.agreeing.uneven import align, without_rows
 from flex_model.core.bound import Bound, Sink, check_expected
 from flex_model.core.call import Staged
 from flex_model.core.inference import Form
 from flex_model.core.ragged import Identity, give, refusal, unnamed
-from flex_model.core.status import ON_SHARDS, Status, told_to_all
-from flex_model.core.uneven import align, without_rows
 from flex_model.errors import FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout

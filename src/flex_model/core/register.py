@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from flex_model.core.bound import Bound, Sink
 from flex_model.core.captured import Captured
-from flex_model.core.globs import Pattern
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType, Site, adapt_editing_function
 from flex_model.core.in_place import may_write
+from flex_model.core.naming.globs import Pattern
 from flex_model.errors import RegistrationError
 from flex_model.layout.layout import parse_layout
 from flex_model.layout.mesh import ModelMesh

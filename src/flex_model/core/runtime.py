@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from flex_model.core import fast
+from flex_model.core.agreeing.same_hooks import line_of, mark_of
 from flex_model.core.backward import Backward
 from flex_model.core.bound import Bound
 from flex_model.core.call import ActiveCall, Staged, in_backward, runs_already
@@ -29,15 +30,14 @@ from flex_model.core.editing import EditContext
 from flex_model.core.groups import Groups
 from flex_model.core.inference import Inference
 from flex_model.core.installed import Installed
-from flex_model.core.missed import Missed
-from flex_model.core.names import Names
+from flex_model.core.naming.names import Names
 from flex_model.core.outbox import Outbox
 from flex_model.core.ragged import merge
 from flex_model.core.register import on_mesh
-from flex_model.core.same_hooks import line_of, mark_of
 from flex_model.core.save_ctx import SaveContext
-from flex_model.core.steps import Steps
+from flex_model.core.stages.steps import Steps
 from flex_model.core.trainable import TrainableModules
+from flex_model.core.unfired.missed import Missed
 from flex_model.engines import Engines
 from flex_model.engines.unsupported import refuse_transform, refuse_unsupported
 from flex_model.layout.layout import Layout

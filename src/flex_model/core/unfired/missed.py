@@ -1,7 +1,7 @@
 """``Missed``: hooks that did not fire although they should have, and why.
 
 Nothing is looked at while hooks fire. After the first call with a hook, and at the end of a block, the counts of what
-fired are compared; for those that did not, ``core/reasons.py`` reads the reason from the model.
+fired are compared; for those that did not, ``core/unfired/reasons.py`` reads the reason from the model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from flex_model.core.bound import WATCHED, Bound
-from flex_model.core.compiled import frames_compiled, is_compiled, something_is_compiled
-from flex_model.core.reasons import COMPILED, Reason, Reasons
+from flex_model.core.unfired.compiled import frames_compiled, is_compiled, something_is_compiled
+from flex_model.core.unfired.reasons import COMPILED, Reason, Reasons
 from flex_model.errors import MissedHookWarning
 from flex_model.trees import tensors
 

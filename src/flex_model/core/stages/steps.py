@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from flex_model.core.call import ActiveCall, Staged
-from flex_model.core.messages import Messages
-from flex_model.core.microbatches import merge_microbatches
 from flex_model.core.save_ctx import Saved
+from flex_model.core.stages.messages import Messages
+from flex_model.core.stages.microbatches import merge_microbatches
 from flex_model.errors import NameNotFoundError
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from flex_model.core.adapters import has_two_sets, plain_layer, wrapped_model
-from flex_model.core.globs import Pattern, glob_to_regex
-from flex_model.core.stage_names import StageNames, StageTable
+from flex_model.core.naming.adapters import has_two_sets, plain_layer, wrapped_model
+from flex_model.core.naming.globs import Pattern, glob_to_regex
+from flex_model.core.naming.stage_names import StageNames, StageTable
 from flex_model.engines import wrapped
 from flex_model.errors import NameNotFoundError
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from flex_model.core.bound import WATCHED, Bound
-from flex_model.core.compiled import is_compiled
-from flex_model.core.usage import Use, module_forward, use_of
+from flex_model.core.unfired.compiled import is_compiled
+from flex_model.core.unfired.usage import Use, module_forward, use_of
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime

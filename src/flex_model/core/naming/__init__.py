@@ -1,0 +1,1 @@
+"""Names of the model: clean, by pattern, on other stages, under adapters."""

@@ -1,0 +1,1 @@
+"""A step of a pipeline: its microbatches put together, and what hooks hand from stage to stage."""

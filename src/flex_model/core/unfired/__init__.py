@@ -1,0 +1,1 @@
+"""Hooks that did not fire: which, and why."""
