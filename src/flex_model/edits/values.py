@@ -102,7 +102,7 @@ def patch(values: Tensor | Held, *, positions: Positions = None, when: When = "a
                 f"capture them from inputs of the same shape, or use edits.replace, which broadcasts.",
                 page="preset-arguments",
             )
-        return torch.where(like(torch.ones((), dtype=torch.bool, device=x.device), x), new, x)
+        return _replaced(x, new, None, -1)
 
     return edit
 
@@ -190,7 +190,9 @@ def noise(std: float = 1.0, *, positions: Positions = None, when: When = "all") 
 
 
 def _replaced(x: Tensor, new: Tensor, index: int | Sequence[int] | None, dim: int) -> Tensor:
-    """``new`` where ``dim`` is one of ``index``, else ``x``."""
+    """``new`` where ``dim`` is one of ``index``, else ``x``; everywhere without ``index``."""
+    if index is None and new.shape == x.shape and getattr(new, "placements", None) == getattr(x, "placements", None):
+        return new
     places = torch.ones(x.shape[dim] if index is not None else 1, dtype=torch.bool, device=x.device)
     if index is not None:
         asked = [index] if isinstance(index, int) else list(index)
