@@ -172,7 +172,7 @@ def _stage(
     key: Any,
     rows: Gathered | None = None,
 ) -> None:
-    selected = False
+    selected, finish = False, None
     batch = runtime.inference.batch_of(form) if call.place is not None else None
     if rows is not None:
         local = rows.take(local)
@@ -187,8 +187,9 @@ def _stage(
             runtime.outbox.status.note("select", bound.where, error, call.index)
             return
         if taken is not None:
-            (local, layout), selected = taken, True
+            (local, layout, finish), selected = taken, True
     staged = Staged(bound, key, runtime.copies.take(local, runtime.keep_on(layout)), form, layout, selected=selected)
+    staged.finish = finish
     staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch
     staged.rows = () if rows is None else (rows,)
     runtime.stage(call, staged)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from flex_model.components.place import Sum
 from flex_model.core import fast
 from flex_model.core.backward import Backward
 from flex_model.core.bound import Bound
@@ -83,6 +84,7 @@ class Runtime:
         self.active: ActiveCall | None = None
         self.fast_call: ActiveCall | None = None  # the active call, where the short way of one process is right
         self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.sums_hold: set[Sum] = set()  # of residual streams, seen in a forward
         self.calls = 0
         self.remembered: WeakValueDictionary[int, ActiveCall] = WeakValueDictionary()  # their graphs hold them
         self.copies = Copies()
