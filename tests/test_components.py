@@ -3,18 +3,18 @@ and on many; edits of heads equal hand-written hooks; what is unknown is refused
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import models
+import parity
 import pytest
 import torch
 import transformers as t
 from oracle import relative_error
-from test_families import place
+from test_delivery import Wire
+from test_families import place, unwrapped
 from torch import Tensor, nn
 from worlds import run_world
 
@@ -319,3 +319,314 @@ def test_components_on_two_ranks(engine: str, family: str, tmp_path: Path) -> No
     path = saved(family, tmp_path, engine)
     for count, wrong in run_world(2, compare, engine, family, path):
         assert count > 8 and not wrong
+
+
+# -- edits and gradients ---------------------------------------------------------------------------------------
+def mix(x: Tensor) -> Tensor:
+    """Over the batch and over all that is given of the heads."""
+    return x * 2 + x.mean(0, keepdim=True) - x.flatten(2).mean(-1).view(*x.shape[:2], *[1] * (x.dim() - 2))
+
+
+def edited_by_hand(family: str, component: str, heads: tuple[int, ...]) -> dict[str, Tensor]:
+    """Logits, and gradients of the layer's input and of z, with a hand-written hook on the plain model."""
+    model = make(family)
+    stack = _STACK.get(family, "model.layers")
+    where, side, *cut = _PARTS[family][component]
+    found: dict[str, Tensor] = {}
+
+    def change(x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        at = torch.arange(width).unsqueeze(0) if not cut else cut[0](torch.arange(width).unsqueeze(0))
+        channels = at.view(-1, 8)[list(heads)]  # (heads, d_head)
+        part = x[..., channels]
+        out = x.clone()
+        out[..., channels] = mix(part if len(heads) > 1 else part[..., 0, :]).view(part.shape)
+        return out
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        return lambda g: found.__setitem__(name, g.detach().clone())
+
+    def first_input(m: nn.Module, args: Any) -> Any:
+        x = args[0].view_as(args[0])
+        x.register_hook(watch("resid_pre"))
+        return (x, *args[1:])
+
+    def z_input(m: nn.Module, args: Any) -> Any:
+        x = args[0].view_as(args[0])
+        x.register_hook(watch("z"))
+        return (x,)
+
+    model.get_submodule(f"{stack}.{LAYER}").register_forward_pre_hook(first_input)
+    module = model.get_submodule(f"{stack}.{LAYER}.{where}")
+    if side == "in":
+        module.register_forward_pre_hook(lambda m, a: (change(a[0]),))
+    else:
+        module.register_forward_hook(lambda m, a, o: change(o))
+    mixes = model.get_submodule(f"{stack}.{LAYER}.{_PARTS[family]['z'][0]}")
+    mixes.register_forward_pre_hook(z_input)  # a gradient is that of the value which goes on
+    out = model(**models.inputs(family))
+    parity.square(out).backward()
+    found["z"] = in_heads(found["z"])
+    found["logits"] = out.logits.detach()
+    return found
+
+
+def edited(engine: str, family: str, component: str, heads: Any, run: str, path: Path) -> list[str]:
+    placed = place(engine, make(family), path)
+    fm = FlexModel(placed.model)
+    mine = {k: placed.mine(v) for k, v in models.inputs(family).items()}
+    layer, z, one = fm.at("resid_pre", LAYER), fm.at("z", LAYER), fm.at("z", LAYER, head=1)
+    with fm.capture(layer, z, one, grad=True) as acts, fm.edit(fm.at(component, LAYER, head=heads), mix, run=run):
+        out = fm(**mine)
+        parity.square(out).backward()
+    every = tuple(range(4 if component in "qz" else 2)) if heads is None else heads
+    want = edited_by_hand(family, component, (every,) if isinstance(every, int) else every)
+    got = {
+        "logits": fm.full_output(out).logits.detach(),
+        "resid_pre": acts.grad(layer),
+        "z": acts.grad(z),
+        "z, a head": acts.grad(one),
+    }
+    want["z, a head"] = want["z"][:, :, 1]
+    return [f"{k}: {relative_error(got[k], want[k])}" for k in got if relative_error(got[k], want[k]) > 1e-5]
+
+
+EDITS = [
+    ("none", "llama", "z", 3, "every_rank"),
+    ("none", "gpt2", "q", 2, "every_rank"),
+    ("none", "gpt2", "v", (0, 3), "every_rank"),
+    ("none", "gpt_neox", "k", 1, "every_rank"),
+    ("none", "gpt_neox", "v", (1, 2), "every_rank"),
+    ("none", "phi3", "k", 1, "every_rank"),
+    ("tp", "llama", "z", 3, "every_rank"),
+    ("tp", "llama", "z", 3, "one_rank"),
+    ("tp", "llama", "z", (2, 1), "every_rank"),
+    ("tp", "llama", "k", 1, "every_rank"),
+    ("tp", "llama", "v", None, "one_rank"),
+    ("tp", "gpt_neox", "q", (3, 0), "every_rank"),
+    ("fsdp2", "llama", "z", 3, "every_rank"),
+    ("fsdp2", "gpt2", "k", (0, 3), "one_rank"),
+    ("ddp", "llama", "v", 1, "every_rank"),
+    ("ddp", "gpt2", "q", 2, "every_rank"),
+]
+
+
+@pytest.mark.parametrize(("engine", "family", "component", "heads", "run"), EDITS)
+def test_edits_of_heads(
+    engine: str, family: str, component: str, heads: Any, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(family, tmp_path, engine)
+    args = engine, family, component, heads, run, path
+    for wrong in [edited(*args)] if engine == "none" else run_world(2, edited, *args):
+        assert not wrong
+
+
+def sharded(path: Path) -> tuple[float, list[str]]:
+    """A point-wise edit of all heads on the ranks' own shards, and one that zeroes two of them."""
+    placed = place("tp", make("llama"), path)
+    fm = FlexModel(placed.model)
+    inputs = models.inputs("llama")
+    where = fm.at("z", LAYER)
+    seen: list[str] = []
+
+    def twice(x: Tensor) -> Tensor:
+        seen.append(f"{tuple(x.shape)} {type(x).__name__}")
+        return x * 2
+
+    with torch.no_grad(), fm.edit(where, twice, run="sharded"):
+        doubled = fm.full_output(fm(**inputs)).logits
+    with torch.no_grad(), fm.edit(where, edits.scale(2.0)):
+        wanted = fm.full_output(fm(**inputs)).logits
+    with torch.no_grad(), fm.edit(where, edits.zero([0, 3], dim=-2), run="sharded"):
+        without = fm.full_output(fm(**inputs)).logits
+    with torch.no_grad(), fm.edit(fm.at("z", LAYER, head=[0, 3]), edits.zero()):
+        same = fm.full_output(fm(**inputs)).logits
+    with pytest.raises(RegistrationError, match="run='sharded'"), fm.edit(fm.at("z", 1, head=3), twice, run="sharded"):
+        pass
+    return max(relative_error(doubled, wanted), relative_error(without, same)), seen
+
+
+def test_sharded_edits_of_all_heads(tmp_path: Path) -> None:
+    for error, seen in run_world(2, sharded, saved("llama", tmp_path, "tp")):
+        assert error < 1e-6
+        assert seen == ["(4, 6, 4, 8) DTensor"]
+
+
+def moved(path: Path) -> list[int]:
+    """Bytes that this rank sends for z: all heads, one of its own, one of the other's; and what is kept where it is."""
+    placed = place("tp", make("llama"), path)
+    fm = FlexModel(placed.model)
+    inputs = models.inputs("llama")
+    sent = []
+    for head in (None, 0, 3, (3, 0, 2)):
+        where = fm.at("z", LAYER, head=head)
+        for _ in range(2):  # layouts are found in the first
+            with Wire() as wire, fm.capture(where, deliver="main") as acts, torch.no_grad():
+                fm(**inputs)
+        del acts
+        sent.append(wire.sent)
+    with fm.capture(fm.at("z", LAYER), deliver="local") as acts, torch.no_grad():
+        fm(**inputs)
+    assert acts["@z.1"].to_local().shape == (4, 6, 2, 8) and acts["@z.1"].shape == (4, 6, 4, 8)  # type: ignore[union-attr]
+    return sent
+
+
+def test_only_the_wanted_heads_move(tmp_path: Path) -> None:
+    one = 4 * 6 * 8 * 4  # (B, S, d_head) in float32
+    main, other = run_world(2, moved, saved("llama", tmp_path, "tp"))
+    assert main == [0, 0, 0, 0]
+    assert other == [2 * one, 0, one, 2 * one]
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+REFUSED = [
+    ("llama", ("hook_z",), {}, "is no component"),
+    ("llama", ("z", 7), {}, "there is no layer 7; the model has 2"),
+    ("llama", ("z", -3), {}, "there is no layer -3"),
+    ("llama", ("z", []), {}, "names no layer"),
+    ("llama", ("z", True), {}, "there is no layer True"),
+    ("llama", ("embed", 0), {}, "is in no layer"),
+    ("llama", ("pos_embed",), {}, "positions are rotary"),
+    ("llama", ("k", 0), {"head": 3}, "it has 2 key-value heads, each for 2 of the 4 query heads"),
+    ("llama", ("z", 0), {"head": 4}, "no head 4: it has 4 heads"),
+    ("llama", ("z", 0), {"head": -1}, "no head -1"),
+    ("llama", ("z", 0), {"head": []}, "no such choice"),
+    ("llama", ("z", 0), {"head": [1, 1]}, "no such choice"),
+    ("llama", ("resid_pre", 0), {"head": 1}, "has no heads"),
+    ("llama", ("router", 0), {}, "has no 'router'"),
+    ("phi", ("resid_mid", 0), {}, "both take the layer's input"),
+    ("cohere", ("ln2", 0), {}, "has no 'ln2'"),
+    ("olmo2", ("ln1", 0), {}, "has no 'ln1'"),
+    ("mixtral", ("mlp_post", 0), {}, "mixture of experts; capture 'model.layers.0.mlp.experts.act_fn'"),
+    ("bert", ("resid_post", 0), {}, "no residual stream"),
+    ("bert", ("ln_final",), {}, "no module called norm"),
+    ("bloom", ("q", 0), {}, "order of queries, keys and values .* is not known"),
+    ("deepseek_v3", ("k", 0), {}, "no projection there"),
+    ("phi3", ("mlp_pre", 0), {}, "has no 'mlp_pre'"),
+    ("t5", ("z", 0), {}, "T5ForConditionalGeneration is not known well enough .* no list of modules"),
+]
+
+
+@pytest.mark.parametrize(("family", "args", "keywords", "message"), REFUSED)
+def test_refused_by_name(family: str, args: Any, keywords: Any, message: str) -> None:
+    fm = FlexModel(make(family))
+    with pytest.raises(ComponentError, match=message):
+        fm.at(*args, **keywords)
+
+
+@pytest.mark.parametrize(("family", "what"), [("bloom", "resid_pre + attn_out"), ("granite", "resid_pre + attn_out")])
+def test_sums_that_do_not_hold(family: str, what: str) -> None:
+    """BLOOM's attention adds the stream itself; Granite scales what it adds."""
+    fm = FlexModel(make(family))
+    where = fm.at("attn_out", 0)
+    with fm.capture(where, fm.at("z", 0)) as acts, torch.no_grad():
+        fm(**models.inputs(family))
+    assert acts["@z.0"].shape == (4, 6, 4, 8)  # type: ignore[union-attr]
+    with pytest.raises(ComponentError, match="resid_pre . attn_out is not resid_mid"):
+        acts[where]
+    with pytest.raises(ComponentError, match="has another structure"), torch.no_grad(), fm.edit(where, edits.zero()):
+        fm(**models.inputs(family))
+
+
+def test_attention_probabilities_need_eager() -> None:
+    model = make("llama")
+    model.set_attn_implementation("sdpa")
+    fm = FlexModel(model)
+    with pytest.raises(ComponentError, match="attn_implementation='eager'"):
+        fm.at("pattern", 0)
+    model.set_attn_implementation("eager")
+    assert fm.at("pattern", 0).spots[0].unpack_idx == 1
+
+
+def test_a_model_of_ones_own() -> None:
+    with pytest.raises(ComponentError, match="Net is not known well enough"):
+        FlexModel(models.net()).at("resid_post", 0)
+
+
+def test_contradictions() -> None:
+    fm = FlexModel(make("llama"))
+    z, mid = fm.at("z", 0), fm.at("resid_mid", 0)
+    for keywords in ({"hook_type": "full_backward_pre"}, {"unpack_idx": 1}, {"select": 0}):
+        with pytest.raises(RegistrationError, match="'@z.0'"), fm.capture(z, **keywords):
+            pass
+        with pytest.raises(RegistrationError, match="'@z.0'"), fm.edit(z, edits.zero(), **keywords):
+            pass
+    with pytest.raises(RegistrationError, match="goes on past this module"), fm.edit(mid, edits.zero()):
+        pass
+    for keywords in ({"grad": True}, {"detach": False}):
+        with pytest.raises(RegistrationError, match="no gradient of its own"), fm.capture(mid, **keywords):
+            pass
+    assert not fm._runtime.bounds
+
+
+# -- how places are used ---------------------------------------------------------------------------------------
+def test_places_go_where_patterns_go() -> None:
+    model = make("llama")
+    fm = FlexModel(model)
+    inputs = models.inputs("llama")
+    every, last = fm.at("resid_post"), fm.at("resid_post", -1)
+    with fm.capture([every, "lm_head"], "model.layers.*.mlp", fm.at("q", range(2), head=[2, 0])) as acts:
+        logits = fm(**inputs).logits
+    assert list(acts)[:3] == ["@resid_post.0", "@resid_post.1", "lm_head"]
+    assert acts.stack(every).shape == (2, 4, 6, 32)
+    assert torch.equal(acts.stack("@resid_post.*"), acts.stack(every))
+    assert torch.equal(acts[last], acts["@resid_post.1"])  # type: ignore[arg-type]
+    assert acts["@q.0.2+0"].shape == (4, 6, 2, 8)  # type: ignore[union-attr]
+    assert torch.equal(acts["lm_head"], logits.detach())  # type: ignore[arg-type]
+    assert last in acts and fm.at("z", 0) not in acts
+    with pytest.raises(ComponentError, match="stands for 2 values"):
+        acts[every]
+
+
+def test_select_of_a_place_without_heads() -> None:
+    fm = FlexModel(make("llama"))
+    where = fm.at("resid_post", 0)
+    with fm.capture(where, select=(slice(None), -1)) as acts, torch.no_grad():
+        fm(**models.inputs("llama"))
+    assert acts[where].shape == (4, 32)  # type: ignore[union-attr]
+
+
+def test_decoding_with_a_head_removed() -> None:
+    model = make("llama")
+    fm, ids = FlexModel(model), models.inputs("llama")["input_ids"]
+
+    def without(m: nn.Module, args: Any) -> Any:
+        x = args[0].clone()
+        x[..., 24:32] = 0
+        return (x,)
+
+    options = dict(max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(without)  # type: ignore[union-attr]
+    want = model.generate(ids, **options)  # type: ignore[operator]
+    handle.remove()
+    where = fm.at("z", 1, head=3)
+    with fm.edit(where, edits.zero()), fm.capture(fm.at("pattern", 1, head=0)) as acts:
+        assert torch.equal(fm.generate(ids, **options), want)
+    assert [tuple(p.shape) for p in acts.calls("@pattern.1.0")] == [(4, 6, 6), (4, 1, 7), (4, 1, 8), (4, 1, 9)]
+
+
+def test_a_graph_of_heads() -> None:
+    fm = FlexModel(make("llama"))
+    where = fm.at("z", 1, head=3)
+    with fm.capture(where, detach=False) as acts:
+        loss = parity.square(fm(**models.inputs("llama")))
+        (gradient,) = torch.autograd.grad(loss, acts[where])
+    with fm.capture(where, grad=True) as again:
+        parity.square(fm(**models.inputs("llama"))).backward()
+    assert gradient.shape == (4, 6, 8)
+    assert relative_error(gradient, again.grad(where)) < 1e-6
+
+
+def test_a_mixture_leaves_out_layers_without_a_router() -> None:
+    fm = FlexModel(make("deepseek_v3"))
+    assert fm.at("router").keys == ("@router.1",)
+    assert fm.at("mlp_post").keys == ("@mlp_post.0",)
+
+
+def test_hooks_leave_with_the_block() -> None:
+    model = make("llama")
+    fm = FlexModel(model)
+    with fm.capture(fm.at("resid_post", 0)):
+        pass  # nothing has run, so that nothing was seen
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not fm._runtime.sums_hold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from flex_model.components.decoder import Decoder, Layer
 from flex_model.components.heads import Chosen, FlatHeads, Heads
@@ -122,7 +122,7 @@ class Finder:
             self._lacks(component, layer, f"nothing there is called as what gives {component} in other models")
         return found
 
-    def _lacks(self, component: str, layer: Layer, why: str) -> None:
+    def _lacks(self, component: str, layer: Layer, why: str) -> NoReturn:
         raise ComponentError(f"{self.decoder.class_name} has no {component!r} in {layer.name!r}: {why}.")
 
     def _attention_out(self, layer: Layer) -> str | None:
@@ -131,8 +131,9 @@ class Finder:
     def _mid(self, layer: Layer) -> str:
         found = layer.ln2 or (layer.mlp if layer.after_attention else None)
         if layer.side_by_side or found is None:
-            self._lacks("resid_mid", layer, "attention and MLP both take the layer's input, so there is nothing between")
-        assert found is not None
+            self._lacks(
+                "resid_mid", layer, "attention and MLP both take the layer's input, so there is nothing between"
+            )
         return found
 
     def _sum(self, layer: Layer) -> Sum:
@@ -155,7 +156,6 @@ class Finder:
                 name, heads = layer.fused, self._in_fused(component, layer, count, size, chosen)
         if name is None:
             self._lacks(component, layer, "no projection there is called as those of other models")
-        assert name is not None
         return replace(spot, name=name, select=heads)
 
     def _pattern(self, layer: Layer, spot: Spot, count: int, chosen: Chosen) -> Spot:
@@ -168,7 +168,6 @@ class Finder:
             )
         if layer.inside is None:
             self._lacks("pattern", layer, "no attention found")
-        assert layer.inside is not None
         select = None if chosen is None else Heads(count, chosen=chosen)
         return replace(spot, name=layer.inside, unpack_idx=1, select=select)
 
@@ -212,7 +211,9 @@ def _chosen(component: str, head: int | Sequence[int] | None, count: int, querie
     asked = [head] if isinstance(head, int) else list(head)
     wrong = [h for h in asked if isinstance(h, bool) or not isinstance(h, int) or not 0 <= h < count]
     if wrong or not asked or len(set(asked)) < len(asked):
-        shared = f" key-value heads, each for {queries // count} of the {queries} query heads" if count < queries else ""
+        shared = (
+            f" key-value heads, each for {queries // count} of the {queries} query heads" if count < queries else ""
+        )
         what = f"no head {wrong[0]!r}" if wrong else f"no such choice of heads as {head!r}"
         raise ComponentError(f"{component!r} has {what}: it has {count}{shared or ' heads'}.", page="head-unknown")
     return head if isinstance(head, int) else tuple(asked)

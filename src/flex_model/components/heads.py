@@ -96,7 +96,9 @@ class Heads(Selection):
         return None if moved else Taken(self.take(local), layout)
 
     def _cut_by_heads(self, local: Tensor, layout: Layout, axes: Sequence[int]) -> bool:
-        return all(layout.placements[i] == Shard(shard_dim(layout.placements[i]) or 0) and not layout.ragged[i] for i in axes)
+        return all(
+            layout.placements[i] == Shard(shard_dim(layout.placements[i]) or 0) and not layout.ragged[i] for i in axes
+        )
 
     def _finish(self, kept: list[int]) -> Callable[[Tensor], Tensor]:
         places = [kept.index(h) for h in self.wanted]
@@ -152,6 +154,9 @@ class FlatHeads(Heads):
         self.start, self.inner = start, inner
         self._fused = self.width != count * size
 
+    def __repr__(self) -> str:
+        return f"FlatHeads({self.count}, {self.size}, {self.chosen}, {self.start}, {self.inner})"
+
     @property
     def local_dim(self) -> int:
         return -1
@@ -163,7 +168,7 @@ class FlatHeads(Heads):
     def seen(self, value: Tensor) -> Tensor:
         if self.width != self.count * self.stride:
             value = value.narrow(-1, self.start, self.count * self.stride)
-        heads = value.unflatten(-1, (value.shape[-1] // self.stride, self.stride))
+        heads: Tensor = value.unflatten(-1, (value.shape[-1] // self.stride, self.stride))  # type: ignore[no-untyped-call]
         return heads.narrow(-1, self.inner, self.size) if self._fused and self.stride != self.size else heads
 
     def put(self, value: Tensor, new: Tensor) -> Tensor:

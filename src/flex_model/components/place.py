@@ -1,4 +1,4 @@
-"""``Place``: what ``fm.at`` returns, one part of a transformer in one layer or several; usable wherever a pattern is."""
+"""``Place``: what ``fm.at`` returns, one part of a transformer in one layer or several; goes where a pattern goes."""
 
 from __future__ import annotations
 

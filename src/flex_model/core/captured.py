@@ -47,8 +47,8 @@ class Captured(Mapping[str | Site, Value]):
 
     Iterating goes over the names that were captured, in the model's order. A name whose layout was refused raises its
     LayoutError when it is asked for; ``acts.refused`` lists them. A module that the model holds under several names is
-    found by any of them, and listed once where a glob matched. What ``fm.at`` found is asked for by that place, or by its
-    key, such as ``"@z.5.3"``.
+    found by any of them, and listed once where a glob matched. What ``fm.at`` found is asked for by that place, or by
+    its key, such as ``"@z.5.3"``.
     """
 
     def __init__(self, keys: list[str | Site], elsewhere: str = "", same: Mapping[str, str] | None = None) -> None:

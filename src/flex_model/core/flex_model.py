@@ -302,7 +302,9 @@ class FlexModel(nn.Module):
         runtime = self._runtime
         runtime.look()
         names = runtime.names
-        return Finder(names.everywhere(), names.class_of, getattr(names.root, "config", None)).at(component, layer, head)
+        return Finder(names.everywhere(), names.class_of, getattr(names.root, "config", None)).at(
+            component, layer, head
+        )
 
     @contextmanager
     def capture(
@@ -354,9 +356,7 @@ class FlexModel(nn.Module):
         runtime = self._runtime
         runtime.look()
         keywords = {"capture": False, **keywords}
-        bounds, spots = edit_bounds(
-            runtime, pattern, editing_function, hook_type, keywords, self._sink, self._deliver
-        )
+        bounds, spots = edit_bounds(runtime, pattern, editing_function, hook_type, keywords, self._sink, self._deliver)
         wrong: dict[Any, Exception] = {}
         block = Block(runtime.missed, bounds)
         runtime.bounds += bounds

@@ -38,6 +38,7 @@ from flex_model.core.register import on_mesh
 from flex_model.core.same_hooks import line_of, mark_of
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.steps import Steps
+from flex_model.core.sums import SumWatch
 from flex_model.core.trainable import TrainableModules
 from flex_model.engines import Engines
 from flex_model.engines.unsupported import refuse_transform, refuse_unsupported
@@ -85,6 +86,7 @@ class Runtime:
         self.fast_call: ActiveCall | None = None  # the active call, where the short way of one process is right
         self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.sums_hold: set[Sum] = set()  # of residual streams, seen in a forward
+        self.sum_watches: list[SumWatch] = []  # for those that have not been seen
         self.calls = 0
         self.remembered: WeakValueDictionary[int, ActiveCall] = WeakValueDictionary()  # their graphs hold them
         self.copies = Copies()

@@ -15,49 +15,57 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flex_model.components.place import Spot, Sum
+from flex_model.core.call import in_backward
 from flex_model.errors import ComponentError
 from flex_model.trees import first_tensor
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["watched_sums"]
+__all__ = ["SumWatch", "watched_sums"]
 
 
 @contextmanager
-def watched_sums(
-    runtime: Runtime, spots: Sequence[Spot], refused: MutableMapping[Any, Exception]
-) -> Iterator[None]:
+def watched_sums(runtime: Runtime, spots: Sequence[Spot], refused: MutableMapping[Any, Exception]) -> Iterator[None]:
     """Put an error under the key of every spot whose layer turns out to be something else."""
     sums = {s.sum: [o.key for o in spots if o.sum == s.sum] for s in spots if s.sum is not None}
     new = [s for s in sums if s not in runtime.sums_hold and not runtime.names.compiled]
-    watches = []
 
     def wrong(of: Sum, error: ComponentError) -> None:
         for key in sums[of]:
             refused[key] = error
 
+    watches = [SumWatch(runtime, s, wrong) for s in new]
+    runtime.sum_watches += watches
     try:
-        watches = [_Watch(runtime, s, wrong) for s in new]
+        for watch in watches:
+            watch.put_on()
         yield
     finally:
+        runtime.sum_watches = [w for w in runtime.sum_watches if w not in watches]
         for watch in watches:
             watch.remove()
 
 
-class _Watch:
+class SumWatch:
     """The hooks on one layer, until its sums have been seen."""
 
     def __init__(self, runtime: Runtime, of: Sum, wrong: Callable[[Sum, ComponentError], None]) -> None:
         self.runtime, self.of, self.wrong = runtime, of, wrong
         self.values: dict[str, Tensor | None] = {}
         self.handles: list[Any] = []
-        names = runtime.names
+
+    def put_on(self) -> None:
+        """Anew, behind the hooks that are on: edits of what is added have been made when it is looked at, those of the
+        sums have not."""
+        of, names = self.of, self.runtime.names
+        self.remove()
+        if of in self.runtime.sums_hold:
+            return
         layer, attn, mlp = (names.module_of(n, "out") for n in (of.layer, of.attn, of.mlp))
         mid = None if of.mid is None else names.module_of(of.mid, "in")
         if layer is None or attn is None or mlp is None or (mid is None and of.mid is not None):
             return  # on another stage
-        # Edits of what is added have been made when it is looked at, those of the sums have not.
         self.handles.append(layer.register_forward_pre_hook(self._begin, with_kwargs=True))
         self.handles.append(attn.register_forward_hook(self._output("attn")))
         self.handles.append(mlp.register_forward_hook(self._output("mlp")))
@@ -72,7 +80,7 @@ class _Watch:
         self.values.clear()
 
     def _keep(self, part: str, value: Any) -> None:
-        tensor = None if self.runtime.quiet else first_tensor(value)
+        tensor = None if self.runtime.quiet or in_backward() != -1 else first_tensor(value)
         self.values[part] = None if tensor is None or tensor.is_meta else tensor.detach().clone()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -89,9 +97,7 @@ class _Watch:
         self._keep("post", output)
         found = {k: v for k, v in self.values.items() if v is not None}
         self.values.clear()
-        names = {self.of.layer, self.of.attn, self.of.mlp, self.of.mid}
-        edited = any(b.enabled and b.edit is not None and b.name in names for b in self.runtime.bounds)
-        if edited or len(found) < (4 if self.of.mid is None else 5):
+        if len(found) < (4 if self.of.mid is None else 5):
             return
         with torch.no_grad():
             problem = _problem(found)
