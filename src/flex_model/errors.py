@@ -7,6 +7,7 @@ ends with its page: a class has one, and a mistake of its own is raised with ``p
 from __future__ import annotations
 
 __all__ = [
+    "ComponentError",
     "DeliveryError",
     "EditError",
     "EditWarning",
@@ -64,6 +65,12 @@ class NameNotFoundError(FlexModelError, KeyError):
     """A module or parameter name, or a pattern, matches nothing in the model."""
 
     page = "name-not-found"
+
+
+class ComponentError(FlexModelError, LookupError):
+    """A part of a transformer, asked for by its general name, that this model does not have or that cannot be found."""
+
+    page = "component-unknown"
 
 
 class GroupError(FlexModelError, KeyError):

@@ -109,7 +109,7 @@ def try_edit(
         edit=adapted.call,
         wants_call=adapted.wants_call,
         may_write=may_write(fn),
-        selection=None if hook.select is None else Selection(hook.select),
+        selection=None if hook.select is None else Selection.of(hook.select),
     )
     context = SaveContext()
     for name, value in vars(save_ctx or SaveContext()).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +64,7 @@ class Staged:
     gradient: bool = False
     forward: int = 0  # of those since the last point
     selected: bool = False  # the hook's selection was made
+    finish: Callable[[Tensor], Tensor] | None = None  # what is left of it once the value is whole
     microbatch: int = 0
     occurrence: int = 0  # which firing of its module within a microbatch
     idle: bool = False  # of a forward that runs for other ranks only

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flex_model.components.place import Place
 from flex_model.core.hook_function import Site
 from flex_model.core.naming.globs import Pattern, glob_to_regex
 from flex_model.core.unfired.missed import Block
@@ -62,7 +63,8 @@ class Captured(Mapping[str | Site, Value]):
 
     Iterating goes over the names that were captured, in the model's order. A name whose layout was refused raises its
     LayoutError when it is asked for; ``acts.refused`` lists them. A module that the model holds under several names is
-    found by any of them, and listed once where a glob matched.
+    found by any of them, and listed once where a glob matched. What ``fm.at`` found is asked for by that place, or by
+    its key, such as ``"@z.5.3"``.
     """
 
     def __init__(self, keys: list[str | Site], elsewhere: str = "", same: Mapping[str, str] | None = None) -> None:
@@ -74,14 +76,16 @@ class Captured(Mapping[str | Site, Value]):
         self.block: Block | None = None  # what knows why something is missing
         self.refused: dict[str | Site, Exception] = {}
 
-    def _held(self, key: str | Site) -> str | Site:
+    def _held(self, key: str | Site | Place) -> str | Site:
         """The key under which the module of this name is kept."""
+        if isinstance(key, Place):
+            return key.key
         if key in self._keys or not isinstance(key, str) or not self._same:
             return key
         first = self._same.get(key, key)
         return next((k for k in self._keys if isinstance(k, str) and self._same.get(k, k) == first), key)
 
-    def _of(self, table: _Calls, key: str | Site, what: str) -> list[Value]:
+    def _of(self, table: _Calls, key: str | Site | Place, what: str) -> list[Value]:
         key = self._held(key)
         if key in self.refused:
             raise self.refused[key]
@@ -108,11 +112,11 @@ class Captured(Mapping[str | Site, Value]):
             f"(the end of the forward or backward, fm.flush(), or the end of the block)."
         )
 
-    def calls(self, key: str | Site) -> list[Value]:
+    def calls(self, key: str | Site | Place) -> list[Value]:
         """All captured values of ``key``, one a call."""
         return list(self._of(self._values, key, "value"))
 
-    def __getitem__(self, key: str | Site) -> Value:
+    def __getitem__(self, key: str | Site | Place) -> Value:
         return _only(self._of(self._values, key, "value"), key, "calls")
 
     def ref(self, key: str | Site, *, call: int | None = None) -> Ref:
@@ -128,15 +132,15 @@ class Captured(Mapping[str | Site, Value]):
         """
         return Ref(self, key, call)
 
-    def grad(self, key: str | Site) -> Value:
+    def grad(self, key: str | Site | Place) -> Value:
         """The full gradient of the captured value; needs ``grad=True`` and a backward."""
         return _only(self._of(self._grads, key, "gradient"), key, "grads")
 
-    def grads(self, key: str | Site) -> list[Value]:
+    def grads(self, key: str | Site | Place) -> list[Value]:
         """All gradients of ``key``, one a backward, in the order in which they came."""
         return list(self._of(self._grads, key, "gradient"))
 
-    def rows(self, key: str | Site, *, call: int | None = None, grad: bool = False) -> Rows:
+    def rows(self, key: str | Site | Place, *, call: int | None = None, grad: bool = False) -> Rows:
         """The value inside a mixture of experts, or its gradient, with the token and the expert of every row.
 
         On one process such a value is a tensor whose rows lie as the model's code has them, or one for each expert; on
@@ -151,6 +155,7 @@ class Captured(Mapping[str | Site, Value]):
         ``call``: which forward, if there were several. Raises DeliveryError where no engine knows the rows.
         """
         table, word = (self._grads, "gradient") if grad else (self._values, "value")
+        key = self._held(key)
         self._of(table, key, word)
         found = list(table.rows.get(key, {}).values())
         if not found:
@@ -173,9 +178,12 @@ class Captured(Mapping[str | Site, Value]):
     def __len__(self) -> int:
         return len(self._values.values)
 
-    def stack(self, pattern: Pattern = "**") -> Tensor:
+    def stack(self, pattern: Pattern | Place = "**") -> Tensor:
         """The values of all names that match, stacked in the model's order: ``(matches, *value)``."""
-        chosen = [k for k in self if _matches(k, pattern)]
+        if isinstance(pattern, Place):
+            chosen: list[str | Site] = list(pattern.keys)
+        else:
+            chosen = [k for k in self if _matches(k, pattern)]
         if not chosen:
             raise NameNotFoundError(
                 f"{pattern!r} matches no captured name; list(acts) has {len(self)} of them.", page="not-captured"
@@ -226,7 +234,7 @@ def _matches(key: str | Site, pattern: Pattern) -> bool:
     return any(name == p or glob_to_regex(p).fullmatch(name) is not None for p in patterns)
 
 
-def _only(values: list[Value], key: str | Site, others: str) -> Value:
+def _only(values: list[Value], key: object, others: str) -> Value:
     if len(values) > 1:
         raise DeliveryError(
             f"{key!r} has {len(values)} calls; take them with acts.{others}({key!r}).", page="several-calls"

@@ -24,6 +24,7 @@ from flex_model.routing.collectives import extremes
 from flex_model.routing.one_rank import tie
 from flex_model.routing.route import Route, with_part_of_gradient, with_whole_gradient
 from flex_model.routing.rows import Gathered
+from flex_model.routing.selection import Selection
 from flex_model.trees import Leaf, find_leaves, input_leaves, replace_leaves, resolve_index
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _stage(
     key: Any,
     rows: Gathered | None = None,
 ) -> None:
-    selected = False
+    selected, finish = False, None
     batch = runtime.inference.batch_of(form) if call.place is not None else None
     if rows is not None:
         local = rows.take(local)
@@ -187,8 +188,9 @@ def _stage(
             runtime.outbox.status.note("select", bound.where, error, call.index)
             return
         if taken is not None:
-            (local, layout), selected = taken, True
+            (local, layout, finish), selected = taken, True
     staged = Staged(bound, key, runtime.copies.take(local, runtime.keep_on(layout)), form, layout, selected=selected)
+    staged.finish = finish
     staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch
     staged.rows = () if rows is None else (rows,)
     runtime.stage(call, staged)
@@ -251,21 +253,32 @@ def _attach(
     rows: Gathered | None,
 ) -> Tensor | None:
     """Hand out the full value with its graph, and let the model go on from it, so that gradients reach it."""
-    local = plain(value)
+    local, selection = plain(value), bound.selection
+    through = selection is not None and selection.of_gradients  # the model goes on from what is handed out
+    out = None
     if not runtime.mesh.axes:
         full = local.clone()
-        back = full.clone()
+        out, back = _through(selection, full) if through else (None, full.clone())
     else:
         runtime.mesh.prepare()
         route = Route(runtime.mesh, layout, local, even_axes=_even_axes(runtime, layout, call))
         full = route.unshard(with_part_of_gradient(local, runtime.mesh, layout)).clone()
-        back = with_whole_gradient(route.reshard(full.clone()), runtime.mesh, layout)
+        out, back = _through(selection, full) if through else (None, full.clone())
+        back = with_whole_gradient(route.reshard(back), runtime.mesh, layout)
     if capturing and bound.sink is not None:
         told = full.flatten(0, 1) if bound.apart else full
-        out = told if bound.selection is None else bound.selection.take(told)
+        if out is None:
+            out = told if selection is None else selection.take(told)
         alone = rows is not None and all(a.kind != "data" for a in runtime.mesh.axes)
         give(bound.sink, key, identified(out, rows) if alone and rows is not None else out)
     return like(back, value)
+
+
+def _through(selection: Selection | None, full: Tensor) -> tuple[Tensor, Tensor]:
+    """A selection, and the value put together from it and the rest."""
+    assert selection is not None
+    out = selection.take(full)
+    return out, selection.put(full, out)
 
 
 def _check_lockstep(runtime: Runtime, bound: Bound, layout: Layout, call: ActiveCall) -> None:

@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
+from flex_model.components.finder import Finder, Layers
+from flex_model.components.place import Place
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.captured import Captured
 from flex_model.core.groups import ALL
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType
 from flex_model.core.installed import Installed
 from flex_model.core.naming.globs import Pattern
-from flex_model.core.register import bind, capture_bounds
+from flex_model.core.register import bind, capture_bounds, edit_bounds
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
 from flex_model.core.runtime import Runtime
 from flex_model.core.sinks import OutputSink
+from flex_model.core.sums import watched_sums
 from flex_model.core.unfired.missed import Block
 from flex_model.core.whole import full_batch, full_output, full_parameter
 from flex_model.core.wrapping import check_sizes, largest_mesh, plain_keys, with_signature_of, wrapped_keys
@@ -276,10 +279,38 @@ class FlexModel(nn.Module):
         self._runtime.installed.put_on()
 
     # -- capture and edit --------------------------------------------------------------------------------------
+    def at(self, component: str, layer: Layers = None, *, head: int | Sequence[int] | None = None) -> Place:
+        """A part of a transformer by a name that is the same for all architectures; goes where a pattern goes.
+
+        >>> with fm.capture(fm.at("resid_post", 5), fm.at("z", 5, head=3), "lm_head") as acts:   # doctest: +SKIP
+        ...     fm(**inputs)
+        >>> acts[fm.at("z", 5, head=3)].shape                                   # doctest: +SKIP
+        torch.Size([4, 6, 64])
+        >>> with fm.edit(fm.at("z", 5, head=[3, 7]), edits.zero()):             # doctest: +SKIP
+        ...     fm(**inputs)
+
+        ``component``, in the words of TransformerLens: ``embed``, ``pos_embed``; of a layer ``resid_pre``,
+        ``resid_mid``, ``resid_post``, ``ln1``, ``ln2`` (what the norm gives, weights included), ``attn_out``,
+        ``mlp_out`` (what is added to the stream), ``q``, ``k``, ``v`` (of the projections, before norms and rotation),
+        ``z``, ``pattern`` (probabilities), ``mlp_pre``, ``mlp_post`` (neurons), ``router`` (logits); ``ln_final``,
+        ``unembed``. ``layer``: a number, also from the end, several, or None for all layers that have it.
+
+        ``q``, ``k``, ``v``, ``z`` are (B, S, heads, d_head); with ``head=3`` (B, S, d_head), with a list
+        (B, S, len, d_head). Key-value heads are counted for themselves. Everything else has the shape that the model
+        gives it: in OPT's MLP and in routers rows are (B * S). Where the sums of the residual stream do not hold in
+        the model's forward, asking for the value (or leaving the edit) raises ComponentError.
+        """
+        runtime = self._runtime
+        runtime.look()
+        names = runtime.names
+        return Finder(names.everywhere(), names.class_of, getattr(names.root, "config", None)).at(
+            component, layer, head
+        )
+
     @contextmanager
     def capture(
         self,
-        *patterns: Pattern,
+        *patterns: Pattern | Place,
         hook_type: HookType = "forward",
         unpack_idx: int | str | Sequence[int | str] = 0,
         select: Any = None,
@@ -294,14 +325,14 @@ class FlexModel(nn.Module):
         """
         runtime = self._runtime
         runtime.look()
-        bounds, acts = capture_bounds(
+        bounds, acts, spots = capture_bounds(
             runtime, patterns, hook_type, unpack_idx, select=select, deliver=deliver, grad=grad, detach=detach
         )
         block = acts.block = Block(runtime.missed, bounds)
         runtime.bounds += bounds
         runtime.installed.put_on()
         try:
-            with runtime.watch.telling():
+            with runtime.watch.telling(), watched_sums(runtime, spots, acts.refused):
                 yield acts
                 runtime.outbox.flush()
             block.end()
@@ -313,7 +344,7 @@ class FlexModel(nn.Module):
     @contextmanager
     def edit(
         self,
-        pattern: Pattern,
+        pattern: Pattern | Place,
         editing_function: Callable[..., Any],
         *,
         hook_type: HookType = "forward",
@@ -326,20 +357,16 @@ class FlexModel(nn.Module):
         runtime = self._runtime
         runtime.look()
         keywords = {"capture": False, **keywords}
-        of = "parameter" if hook_type == "tensor" else "module"
-        bounds = []
-        others = runtime.names.others(of)
-        found = {others.get(name, name): (key, name) for key, name in runtime.names.match(pattern, of=of)}
-        for key, name in found.values():
-            hook = HookFunction(name, editing_function=editing_function, **keywords)
-            sink = self._sink if hook.capture else None
-            bounds.append(bind(runtime, hook, hook_type, key, sink, self._deliver, temporary=True))
+        bounds, spots = edit_bounds(runtime, pattern, editing_function, hook_type, keywords, self._sink, self._deliver)
+        wrong: dict[Any, Exception] = {}
         block = Block(runtime.missed, bounds)
         runtime.bounds += bounds
         runtime.installed.put_on()
         try:
-            with runtime.watch.telling():
+            with runtime.watch.telling(), watched_sums(runtime, spots, wrong):
                 yield [b.hook for b in bounds]
+            for error in wrong.values():
+                raise error
             block.end()
         finally:
             runtime.bounds = [b for b in runtime.bounds if b not in bounds]

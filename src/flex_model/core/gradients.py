@@ -195,9 +195,9 @@ def meet_gradient(
 def _selected(runtime: Runtime, bound: Bound, local: Tensor) -> tuple[Tensor, bool]:
     """On one process the selection, as nothing is done to the value later; whether there is none left to be made.
 
-    The gradient of what a forward hook captures is that of the whole value.
+    The gradient of what a forward hook captures is that of the whole value, but for heads, which are values themselves.
     """
-    if not bound.is_gradient:
+    if not bound.is_gradient and (bound.selection is None or not bound.selection.of_gradients):
         return local, True
     if bound.selection is None or runtime.whole.axes:
         return local, False

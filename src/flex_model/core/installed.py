@@ -82,6 +82,8 @@ class Installed:
         for module in entries:
             self._entry_handles.append(module.register_forward_hook(outside(self.runtime.left)))
             self._entry_handles.append(module.register_forward_hook(outside(self.runtime.failed), always_call=True))
+        for watch in self.runtime.sum_watches:
+            watch.put_on()
 
     def _values_wanted(self, *, gradients: bool) -> dict[tuple[str, str, str, bool], nn.Module]:
         return {

@@ -26,6 +26,7 @@ from flex_model.layout.layout import Layout
 from flex_model.routing.delivery import Buffers, Item, deliver
 from flex_model.routing.hop import Hop, Parcel
 from flex_model.routing.route import gradient_scale
+from flex_model.routing.selection import Taken
 from flex_model.trees import copy_tree
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class Outbox:
         if layout is None:
             assert found is not None
             layout = found
-        local, finish = staged.local, None
+        local, finish = staged.local, staged.finish
         if staged.idle:
             local = local.new_empty(without_rows(local.shape, layout, self.runtime.mesh))
         if bound.selection is not None and not staged.selected:
@@ -194,12 +195,12 @@ class Outbox:
                 self.status.note("select", bound.where, problem)
                 return None
             if taken is not None:
-                local, layout = taken
-            elif bound.deliver == "local":
-                refused.append((bound, staged.key, _cannot_stay(bound)))
-                return None
+                local, layout, finish = taken
             else:
                 finish = bound.selection.take
+        if finish is not None and bound.deliver == "local":
+            refused.append((bound, staged.key, _cannot_stay(bound)))
+            return None
         sink = self._sink(bound, staged.gradient)
         scale = (
             gradient_scale(self.runtime.mesh, layout, range(len(self.runtime.mesh.axes))) if staged.gradient else 1.0
@@ -221,15 +222,14 @@ class Outbox:
             item.beside = Identity(staged, layout, self.runtime.mesh)
         return item
 
-    def select_on_shards(self, bound: Bound, local: Tensor, layout: Layout) -> tuple[Tensor, Layout] | None:
+    def select_on_shards(self, bound: Bound, local: Tensor, layout: Layout) -> Taken | None:
         """The selection of this rank's shard and its layout; None if it can only be made from the whole."""
         assert bound.selection is not None
         if bound.apart:
             return None
-        sizes = {i: a.size for i, a in enumerate(self.runtime.mesh.axes)}
-        new = bound.selection.on_shards(layout, tuple(local.shape), sizes)
-        self.status.selections[bound.where] = bound.selection.failure if new is None else ON_SHARDS
-        return None if new is None else (bound.selection.take(local), new)
+        taken = bound.selection.of_shard(local, layout, self.runtime.mesh)
+        self.status.selections[bound.where] = bound.selection.failure if taken is None else ON_SHARDS
+        return taken
 
     def deliver(self, items: list[Item], keep: Callable[[Tensor], Tensor] | None = None) -> None:
         copies = self.runtime.copies

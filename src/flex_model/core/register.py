@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from flex_model.components.heads import Heads
+from flex_model.components.place import Place, Spot
+from flex_model.core.asked import Asked, asked
 from flex_model.core.bound import Bound, Sink
 from flex_model.core.captured import Captured
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType, Site, adapt_editing_function
@@ -20,7 +23,7 @@ from flex_model.routing.selection import Selection
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["bind", "capture_bounds", "on_mesh"]
+__all__ = ["bind", "capture_bounds", "edit_bounds", "on_mesh"]
 
 
 def bind(
@@ -54,7 +57,7 @@ def bind(
 
         warn_of(hook.editing_function, hook.run, hook.random, hook_type)
     axes, override = on_mesh(hook, runtime.mesh, where)
-    selection = None if hook.select is None else Selection(hook.select)
+    selection = None if hook.select is None else Selection.of(hook.select)
     return Bound(
         hook=hook,
         hook_type=hook_type,
@@ -150,7 +153,7 @@ class _ValueSink(_GradientSink):
 
 def capture_bounds(
     runtime: Runtime,
-    patterns: Sequence[Pattern],
+    patterns: Sequence[Pattern | Place],
     hook_type: HookType,
     unpack_idx: int | str | Sequence[int | str],
     *,
@@ -158,8 +161,8 @@ def capture_bounds(
     deliver: Deliver,
     grad: bool,
     detach: bool,
-) -> tuple[list[Bound], Captured]:
-    """The hooks of one ``capture`` block, and the object that its values arrive in."""
+) -> tuple[list[Bound], Captured, list[Spot]]:
+    """The hooks of one ``capture`` block, the object that its values arrive in, and what ``fm.at`` found of them."""
     if deliver not in ("main", "all", "local"):
         raise RegistrationError(f"deliver={deliver!r} is unknown; expected 'main', 'all' or 'local'.")
     if not patterns:
@@ -185,10 +188,11 @@ def capture_bounds(
             "detach=False hands out the value on every rank; leave deliver='all'.", page="options-conflict"
         )
     of = "parameter" if hook_type == "tensor" else "module"
-    found = [pair for p in patterns for pair in runtime.names.match(p, of=of)]
-    found = list({clean: (key, clean) for key, clean in reversed(found)}.values())[::-1]
+    found = asked(runtime.names, patterns, hook_type=hook_type, unpack_idx=unpack_idx, select=select)
     if hook_type == "tensor":
-        found = [(k, c) for k, c in found if runtime.names.requires_grad(c)] or found
+        found = [a for a in found if runtime.names.requires_grad(a.name)] or found
+    if grad or not detach:
+        _check_gradients(found)
     elsewhere, whole = "", runtime.whole
     if deliver == "main" and not whole.is_main:
         elsewhere = f"deliver='main' sent it to rank {whole.main}, and this is rank {whole.rank}; pass deliver='all'."
@@ -196,11 +200,61 @@ def capture_bounds(
         elsewhere = (
             f"deliver='local' leaves it on the ranks of its stage, and rank {whole.rank} is on another; pass 'all'."
         )
-    acts = Captured([key for key, _ in found], elsewhere, runtime.names.others("module") if of == "module" else {})
+    acts = Captured([a.key for a in found], elsewhere, runtime.names.others("module") if of == "module" else {})
     values, gradients = _ValueSink(acts), _GradientSink(acts)
     bounds = []
-    for key, clean in found:
-        hook = HookFunction(clean, unpack_idx=unpack_idx, select=select)
-        bound = bind(runtime, hook, hook_type, key, values, deliver, temporary=True)
+    for one in found:
+        hook = HookFunction(one.name, unpack_idx=one.unpack_idx, select=one.select)
+        bound = bind(runtime, hook, one.hook_type, one.key, values, deliver, temporary=True)
         bounds.append(replace(bound, attached=not detach, gradient_sink=gradients if grad else None))
-    return bounds, acts
+    return bounds, acts, [a.spot for a in found if a.spot is not None]
+
+
+def _check_gradients(found: Sequence[Asked]) -> None:
+    for one in found:
+        if one.spot is not None and one.spot.read_only:
+            raise RegistrationError(
+                f"{one.key!r} has no gradient of its own at {one.name!r}: {one.spot.read_only}.", page="read-only"
+            )
+
+
+def edit_bounds(
+    runtime: Runtime,
+    pattern: Pattern | Place,
+    editing_function: Callable[..., Any],
+    hook_type: HookType,
+    keywords: Mapping[str, Any],
+    sink: Sink,
+    deliver: Deliver,
+) -> tuple[list[Bound], list[Spot]]:
+    """The hooks of one ``edit`` block, once a firing whatever number of names a module has."""
+    found = asked(
+        runtime.names,
+        [pattern],
+        hook_type=hook_type,
+        unpack_idx=keywords.get("unpack_idx", 0),
+        select=keywords.get("select"),
+    )
+    others = runtime.names.others("parameter" if hook_type == "tensor" else "module")
+    once = {a.key if a.spot is not None else others.get(a.name, a.name): a for a in found}
+    bounds = []
+    for one in once.values():
+        if one.spot is not None:
+            _check_edit(one.spot, keywords)
+        own = {**keywords, "unpack_idx": one.unpack_idx, "select": one.select}
+        hook = HookFunction(one.name, editing_function=editing_function, **own)
+        bounds.append(
+            bind(runtime, hook, one.hook_type, one.key, sink if hook.capture else None, deliver, temporary=True)
+        )
+    return bounds, [a.spot for a in once.values() if a.spot is not None]
+
+
+def _check_edit(spot: Spot, keywords: Mapping[str, Any]) -> None:
+    if spot.read_only:
+        raise RegistrationError(f"{spot.key!r} cannot be edited at {spot.name!r}: {spot.read_only}.", page="read-only")
+    if keywords.get("run") == "sharded" and isinstance(spot.select, Heads) and not spot.select.whole:
+        raise RegistrationError(
+            f"{spot.key!r}: run='sharded' gives an edit all heads of an unfused projection; leave head= out there, or "
+            f"leave run='every_rank'.",
+            page="options-conflict",
+        )

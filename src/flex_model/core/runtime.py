@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from flex_model.components.place import Sum
 from flex_model.core import fast
 from flex_model.core.agreeing.same_hooks import line_of, mark_of
 from flex_model.core.backward import Backward
@@ -36,6 +37,7 @@ from flex_model.core.ragged import merge
 from flex_model.core.register import on_mesh
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.stages.steps import Steps
+from flex_model.core.sums import SumWatch
 from flex_model.core.trainable import TrainableModules
 from flex_model.core.unfired.missed import Missed
 from flex_model.engines import Engines
@@ -83,6 +85,8 @@ class Runtime:
         self.active: ActiveCall | None = None
         self.fast_call: ActiveCall | None = None  # the active call, where the short way of one process is right
         self.last_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.sums_hold: set[Sum] = set()  # of residual streams, seen in a forward
+        self.sum_watches: list[SumWatch] = []  # for those that have not been seen
         self.calls = 0
         self.remembered: WeakValueDictionary[int, ActiveCall] = WeakValueDictionary()  # their graphs hold them
         self.copies = Copies()

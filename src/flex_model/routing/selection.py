@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flex_model.layout.layout import Layout, on_dim, shard_dim
+from flex_model.layout.mesh import ModelMesh
 
-__all__ = ["Selection"]
+__all__ = ["Selection", "Taken"]
+
+
+class Taken(NamedTuple):
+    """The selection of a rank's own shard, how these lie on the ranks, and what is left to do once they are whole."""
+
+    local: Tensor
+    layout: Layout
+    finish: Callable[[Tensor], Tensor] | None = None
 
 
 class Selection:
@@ -25,11 +34,18 @@ class Selection:
     [2, 5]
     """
 
+    of_gradients = False  # whether it also applies to the gradient of what a forward hook captures
+
     def __init__(self, select: Any) -> None:
         self.take: Callable[[Tensor], Tensor] = select if callable(select) else lambda x: x[select]
         self._index = None if callable(select) else select
         self._known: dict[Any, dict[int, int] | None] = {}
         self.failure = "from the whole"  # and why, where the function could not be asked for places
+
+    @classmethod
+    def of(cls, select: Any) -> Selection:
+        """``select`` of a HookFunction, which may be a Selection already."""
+        return select if isinstance(select, Selection) else cls(select)
 
     def put(self, value: Tensor, new: Tensor) -> Tensor:
         """``value`` with the selected elements replaced, differentiably; ``value`` itself is not written."""
@@ -43,6 +59,11 @@ class Selection:
             return out
         where = tuple(self.take(_coordinates(tuple(value.shape), d)) for d in range(value.dim()))
         return value.index_put(where, new)
+
+    def of_shard(self, local: Tensor, layout: Layout, mesh: ModelMesh) -> Taken | None:
+        """The selection of this rank's shard; None, on all ranks, if it can only be made from the whole."""
+        new = self.on_shards(layout, tuple(local.shape), {i: a.size for i, a in enumerate(mesh.axes)})
+        return None if new is None else Taken(self.take(local), new)
 
     def on_shards(self, layout: Layout, local_shape: tuple[int, ...], sizes: dict[int, int]) -> Layout | None:
         """The layout of the selection, if every rank can take it from its own shard; else None.
