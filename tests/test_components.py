@@ -522,7 +522,7 @@ def test_sums_that_do_not_hold(family: str, what: str) -> None:
     with fm.capture(where, fm.at("z", 0)) as acts, torch.no_grad():
         fm(**models.inputs(family))
     assert acts["@z.0"].shape == (4, 6, 4, 8)  # type: ignore[union-attr]
-    with pytest.raises(ComponentError, match="resid_pre . attn_out is not resid_mid"):
+    with pytest.raises(ComponentError, match=r"resid_pre . attn_out is not resid_mid"):
         acts[where]
     with pytest.raises(ComponentError, match="has another structure"), torch.no_grad(), fm.edit(where, edits.zero()):
         fm(**models.inputs(family))
@@ -547,9 +547,9 @@ def test_contradictions() -> None:
     fm = FlexModel(make("llama"))
     z, mid = fm.at("z", 0), fm.at("resid_mid", 0)
     for keywords in ({"hook_type": "full_backward_pre"}, {"unpack_idx": 1}, {"select": 0}):
-        with pytest.raises(RegistrationError, match="'@z.0'"), fm.capture(z, **keywords):
+        with pytest.raises(RegistrationError, match=r"'@z.0'"), fm.capture(z, **keywords):
             pass
-        with pytest.raises(RegistrationError, match="'@z.0'"), fm.edit(z, edits.zero(), **keywords):
+        with pytest.raises(RegistrationError, match=r"'@z.0'"), fm.edit(z, edits.zero(), **keywords):
             pass
     with pytest.raises(RegistrationError, match="goes on past this module"), fm.edit(mid, edits.zero()):
         pass

@@ -242,6 +242,8 @@ def edit_bounds(
         if one.spot is not None:
             _check_edit(one.spot, keywords)
         own = {**keywords, "unpack_idx": one.unpack_idx, "select": one.select}
+        if one.spot is not None and _some_heads(one.spot):
+            own.setdefault("run", "every_rank")  # whatever a preset would do with all of them
         hook = HookFunction(one.name, editing_function=editing_function, **own)
         bounds.append(
             bind(runtime, hook, one.hook_type, one.key, sink if hook.capture else None, deliver, temporary=True)
@@ -249,10 +251,14 @@ def edit_bounds(
     return bounds, [a.spot for a in once.values() if a.spot is not None]
 
 
+def _some_heads(spot: Spot) -> bool:
+    return isinstance(spot.select, Heads) and not spot.select.whole
+
+
 def _check_edit(spot: Spot, keywords: Mapping[str, Any]) -> None:
     if spot.read_only:
         raise RegistrationError(f"{spot.key!r} cannot be edited at {spot.name!r}: {spot.read_only}.", page="read-only")
-    if keywords.get("run") == "sharded" and isinstance(spot.select, Heads) and not spot.select.whole:
+    if keywords.get("run") == "sharded" and _some_heads(spot):
         raise RegistrationError(
             f"{spot.key!r}: run='sharded' gives an edit all heads of an unfused projection; leave head= out there, or "
             f"leave run='every_rank'.",
