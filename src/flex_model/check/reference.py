@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flex_model.core.naming.names import WRAPPERS
-from flex_model.core.whole import full_parameter
+from flex_model.core.whole import full_parameter, plain_copy
 from flex_model.errors import FlexModelError
-from flex_model.layout.twin import stripped
 from flex_model.routing.collectives import all_gather_objects
 
 if TYPE_CHECKING:
@@ -88,16 +85,7 @@ def _on_main(runtime: Runtime, make: Callable[[], nn.Module]) -> nn.Module | Non
 
 def _made(runtime: Runtime, whole: dict[tuple[int, str], Tensor]) -> nn.Module:
     """A copy without wrappers, hooks and engines, and with whole parameters."""
-    root = runtime.root
-    with stripped(root, runtime.engines, ()) as memo:
-        for module in root.modules():
-            views = (v for v in module.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf)
-            memo.update((id(v), v.detach()) for v in views)  # FSDP1's of its flat parameter
-        for module in reversed(list(root.modules())):  # the innermost first
-            inner = next((module._modules[w] for w in WRAPPERS if w in module._modules), None)
-            if inner is not None:
-                memo[id(module)] = copy.deepcopy(inner, memo)
-        plain: nn.Module = copy.deepcopy(root, memo)
+    plain, memo = plain_copy(runtime, runtime.root, {})
     for (owner, attribute), tensor in whole.items():
         place: Any = memo.get(owner)
         if place is None:

@@ -30,7 +30,7 @@ from flex_model.core.runtime import Runtime
 from flex_model.core.sinks import OutputSink
 from flex_model.core.sums import watched_sums
 from flex_model.core.unfired.missed import Block
-from flex_model.core.whole import full_batch, full_output, full_parameter
+from flex_model.core.whole import full_batch, full_output, full_parameter, whole_module
 from flex_model.core.wrapping import check_sizes, largest_mesh, plain_keys, with_signature_of, wrapped_keys
 from flex_model.errors import RegistrationError, ShapeError
 from flex_model.routing.delivery import Deliver
@@ -413,6 +413,16 @@ class FlexModel(nn.Module):
         return full
 
     # -- names -------------------------------------------------------------------------------------------------
+    def whole_module(self, name: str) -> nn.Module:
+        """A copy of a module with its whole, frozen parameters, on every rank: plain code, in eval mode. Collective.
+
+        >>> unembed = fm.whole_module("lm_head")                     # doctest: +SKIP
+        >>> logits = unembed(acts["model.norm"])                     # doctest: +SKIP
+
+        Raises EngineError under engines whose modules are parts (Megatron-core, fairscale) and in pipelines.
+        """
+        return whole_module(self._runtime, name)
+
     @property
     def wrapped_module_names(self) -> list[str]:
         """Clean names of the wrapped model's modules."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.core.inference import Spot
-from flex_model.errors import LayoutError
+from flex_model.core.naming.names import WRAPPERS
+from flex_model.errors import EngineError, LayoutError
+from flex_model.layout.copied import copied
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.sequence import Order, sequence_length
+from flex_model.layout.twin import stripped
 from flex_model.routing.hop import Parcel
 from flex_model.routing.route import Route
 from flex_model.trees import find_leaves, replace_leaves
@@ -20,7 +24,7 @@ from flex_model.trees import find_leaves, replace_leaves
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["from_stage", "full_batch", "full_output", "full_parameter"]
+__all__ = ["from_stage", "full_batch", "full_output", "full_parameter", "plain_copy", "whole_module"]
 
 
 def full_output(runtime: Runtime, output: Any) -> Any:
@@ -91,6 +95,56 @@ def full_parameter(runtime: Runtime, name: str) -> Tensor:
     full = runtime.engines.full_parameter(*runtime.names.parameters[name]) if here else None
     found: Tensor = from_stage(runtime, holder.coordinate, full)
     return found
+
+
+_SIMPLE = {"DDP", "replicate", "FSDP1", "FSDP2", "DTensor", "transformers", "accelerate", "PEFT", "experts"}
+
+
+def whole_module(runtime: Runtime, name: str) -> nn.Module:
+    """A copy of a module with whole parameters, without hooks and engines, on every rank. Collective."""
+    clean = runtime.names.clean(name, of="module")
+    others = sorted(set(runtime.engines.names) - _SIMPLE)
+    module = runtime.names.module_of(clean, "out")
+    spread = any(e.other_lines for e in runtime.engines.found)
+    if module is not None and spread and any(n.endswith("experts") for n, _ in module.named_modules()):
+        others.append("expert parallelism")
+    if others or module is None or runtime.whole.stage_axis is not None:
+        why = f"modules under {', '.join(others)} are parts" if others else "not every stage of the pipeline has it"
+        raise EngineError(f"{clean!r} cannot be had whole: {why}; do its work in a hook on it.")
+    prefix = f"{clean}." if clean else ""
+    shown = [prefix + runtime.names.strip(n) for n, _ in module.named_parameters(remove_duplicate=False)]
+    known: dict[int, Any] = {
+        id(b): b.full_tensor() if isinstance(b, DTensor) else b.detach().clone() for b in module.buffers()
+    }
+    full = {}
+    for path in dict.fromkeys([*(n for n in runtime.names.parameters if n.startswith(prefix)), *shown]):
+        if (of := runtime.names.clean(path, of="parameter")) in runtime.names.parameters:
+            full[path.removeprefix(prefix)] = full_parameter(runtime, of)
+            owner, attribute = runtime.names.parameters[of]
+            known[id(owner.__dict__.get(attribute))] = None  # FSDP1's view of its flat parameter
+    known.pop(id(None), None)
+    plain, _ = plain_copy(runtime, module, known)
+    for inner, tensor in full.items():
+        where, _, attribute = inner.rpartition(".")
+        owner = plain.get_submodule(where)
+        owner.__dict__.pop(attribute, None)
+        owner.register_parameter(attribute, nn.Parameter(tensor.detach(), requires_grad=False))
+    return plain.eval()
+
+
+def plain_copy(runtime: Runtime, module: nn.Module, known: Mapping[int, Any]) -> tuple[nn.Module, dict[int, Any]]:
+    """A copy without wrappers, hooks and engines, and deepcopy's memo of it; ``known``: what is in the place of what,
+    by id."""
+    with stripped(module, runtime.engines, ()) as memo:
+        memo.update(known)
+        for part in module.modules():
+            views = (v for v in part.__dict__.values() if isinstance(v, Tensor) and id(v) not in memo and not v.is_leaf)
+            memo.update([(id(v), v.detach()) for v in views])  # FSDP1's of its flat parameter
+        for part in reversed(list(module.modules())):  # the innermost first
+            inner = next((part._modules[w] for w in WRAPPERS if w in part._modules), None)
+            if inner is not None:
+                memo[id(part)] = copied(inner, memo)
+        return copied(module, memo), memo
 
 
 def full_batch(runtime: Runtime, batch: Any) -> Any:

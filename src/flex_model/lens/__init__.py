@@ -11,15 +11,28 @@ from flex_model.lens.induction import (
     repeated_tokens,
     top_heads,
 )
+from flex_model.lens.logit import LogitLens, Unembedding, logit_lens
+from flex_model.lens.patching import Patching, activation_patching, attribution_patching
+from flex_model.lens.result import Result
+from flex_model.lens.steering import SteeringVector, steering_vector
 
 __all__ = [
     "CopyLoss",
     "Head",
     "Induction",
+    "LogitLens",
+    "Patching",
+    "Result",
+    "SteeringVector",
+    "Unembedding",
+    "activation_patching",
+    "attribution_patching",
     "induction_scores",
+    "logit_lens",
     "measure",
     "remove_heads",
     "repeated_loss",
     "repeated_tokens",
+    "steering_vector",
     "top_heads",
 ]

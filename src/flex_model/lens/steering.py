@@ -1,0 +1,101 @@
+"""Steering vectors: directions of the residual stream that tell two kinds of inputs apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flex_model import FlexModel, FlexModelError
+from flex_model.edits import Preset, add
+from flex_model.lens.result import Result, grid, long_table, whole
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+__all__ = ["SteeringVector", "steering_vector"]
+
+Method = Literal["mean", "pca"]
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringVector(Result):
+    """``vector`` (D,), from the negative inputs to the positive; ``separation`` (positive, negative): the mean of each
+    kind along it, in units of its own spread."""
+
+    vector: Tensor
+    separation: tuple[float, float]
+    component: str
+    layer: int
+
+    def edit(self, scale: float = 1.0, **where: Any) -> Preset:
+        """The preset that adds it: ``fm.edit(fm.at(found.component, found.layer), found.edit(4.0))``."""
+        return add(self.vector, scale=scale, **where)
+
+    def to_dataframe(self) -> DataFrame:
+        """unit, weight."""
+        return long_table(("unit",), weight=self.vector)
+
+    def plot(self) -> Figure:
+        title = f"Steering vector, {self.component!r} of layer {self.layer}"
+        return grid(self.vector[None], title=title, x="unit", y="")
+
+
+@torch.no_grad()
+def steering_vector(
+    fm: FlexModel,
+    positive: Mapping[str, Any],
+    negative: Mapping[str, Any],
+    *,
+    layer: int,
+    component: str = "resid_post",
+    method: Method = "mean",
+) -> SteeringVector:
+    """A direction from ``negative`` inputs to ``positive`` ones, at their last tokens that are not padding.
+
+    >>> found = steering_vector(fm, kind, unkind, layer=12)                                 # doctest: +SKIP
+    >>> with fm.edit(fm.at("resid_post", 12), found.edit(scale=4.0)):                       # doctest: +SKIP
+    ...     fm.generate(**prompt)
+
+    ``method="mean"``: the difference of the means (Turner et al., "Activation Addition", 2023); ``"pca"``: the first
+    principal component of the differences of paired rows (Zou et al., "Representation Engineering", 2023), as long as
+    the difference of the means. Collective; every rank gets it.
+    """
+    if method not in get_args(Method):
+        raise FlexModelError(f"method={method!r} is unknown; expected 'mean' or 'pca'.", page="bad-argument")
+    plus, minus = (_last_tokens(fm, inputs, component, layer) for inputs in (positive, negative))
+    vector = plus.mean(0) - minus.mean(0)
+    if method == "pca":
+        if len(plus) != len(minus):
+            raise FlexModelError(
+                f"method='pca' needs pairs, got {len(plus)} positive rows and {len(minus)} negative ones.",
+                page="bad-argument",
+            )
+        first = torch.linalg.svd(plus - minus, full_matrices=False).Vh[0]
+        vector = first * torch.sign(first @ vector) * vector.norm()
+    unit = vector / vector.norm().clamp_min(1e-12)
+    along = [rows @ unit for rows in (plus, minus)]
+    spread = torch.cat([a - a.mean() for a in along]).std().clamp_min(1e-12)
+    middle = (along[0].mean() + along[1].mean()) / 2
+    separation = tuple(float((a.mean() - middle) / spread) for a in along)
+    index = layer % len(fm.at(component).keys)
+    return SteeringVector(vector.float(), (separation[0], separation[1]), component, index)
+
+
+def _last_tokens(fm: FlexModel, inputs: Mapping[str, Any], component: str, layer: int) -> Tensor:
+    """(B, D) in float64: the value at each row's last token that is not padding."""
+    place = fm.at(component, layer)
+    with fm.capture(place) as acts:
+        fm(**inputs)
+    value = whole(acts, place.key).double()
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return value[:, -1]
+    real = fm.full_batch(mask).to(value.device)
+    columns = torch.arange(real.shape[1], device=value.device)
+    last = torch.where(real.bool(), columns, -1).amax(1)
+    return value[torch.arange(len(value)), last]

@@ -1,0 +1,261 @@
+"""Analyses: what they must agree with, whatever is parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import relative_error
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from worlds import run_world
+
+from flex_model import FlexModel, FlexModelError, edits
+from flex_model.errors import EngineError
+from flex_model.lens import (
+    LogitLens,
+    activation_patching,
+    attribution_patching,
+    logit_lens,
+    steering_vector,
+)
+
+pandas = pytest.importorskip("pandas")
+
+
+def inputs(other: bool = False) -> dict[str, Tensor]:
+    ids = models.inputs("llama")["input_ids"]
+    if other:  # two tokens differ
+        ids = ids.clone()
+        ids[:, 1:3] = ids[:, 1:3].flip(1) + 1
+    return {"input_ids": ids}
+
+
+def metric(logits: Tensor) -> Tensor:
+    return (logits[:, -1, 5] - logits[:, -1, 9]).mean()
+
+
+def placed(engine: str, path: str) -> tuple[Any, Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
+    """The model of ``path`` under an engine, and this rank's part of a batch."""
+    import transformers
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if engine == "tp":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", device_mesh=mesh)
+        return model.eval(), lambda batch: batch
+    model = models.make("llama")
+    mine = lambda batch: {k: v.chunk(world)[rank] for k, v in batch.items()}  # noqa: E731
+    if engine == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model), mine
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(model, mesh=mesh)
+    return model, mine
+
+
+def _all(fm: FlexModel, mine: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, list[Any]]:
+    """Every analysis, as lists."""
+    clean, corrupted = mine(inputs()), mine(inputs(True))
+    lens = logit_lens(fm, **clean)
+    by_position = activation_patching(fm, clean, corrupted, metric)
+    by_head = activation_patching(fm, clean, corrupted, metric, component="z", over="head")
+    estimate = attribution_patching(fm, clean, corrupted, metric)
+    vectors = [steering_vector(fm, clean, corrupted, layer=0, method=m).vector for m in ("mean", "pca")]
+    return {
+        "top": lens.top.tolist(),
+        "divergence": lens.divergence.tolist(),
+        "tokens": lens.tokens.tolist(),
+        "positions": by_position.effect.tolist(),
+        "heads": by_head.effect.tolist(),
+        "estimate": estimate.effect.tolist(),
+        "vectors": [v.tolist() for v in vectors],
+    }
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder: Path = tmp_path_factory.mktemp("llama")
+    models.make("llama").save_pretrained(folder)  # type: ignore[operator]
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[Any]]:
+    return _all(FlexModel(models.make("llama")), lambda batch: batch)
+
+
+def _spread(engine: str, path: str) -> dict[str, list[Any]]:
+    model, mine = placed(engine, path)
+    return _all(FlexModel(model), mine)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "tp"])
+def test_the_same_under_every_engine(engine: str, path: str, alone: dict[str, list[Any]]) -> None:
+    for found in run_world(2, _spread, engine, path):
+        assert found["top"] == alone["top"] and found["tokens"] == alone["tokens"]
+        for key in ("divergence", "positions", "heads", "estimate", "vectors"):
+            assert relative_error(torch.tensor(found[key]), torch.tensor(alone[key])) < 1e-4, key
+
+
+# -- the logit lens --------------------------------------------------------------------------------------------
+def test_the_logit_lens_by_hand() -> None:
+    model, batch = models.make("llama"), inputs()
+    with torch.no_grad():
+        out = model(**batch, output_hidden_states=True)
+        logs = [model.lm_head(model.model.norm(h)).log_softmax(-1) for h in out.hidden_states[1:-1]]
+        logs.append(out.logits.log_softmax(-1))  # transformers' last hidden state is behind the norm
+        final = logs[-1]
+    lens = logit_lens(FlexModel(model), **batch)
+    for layer, log in enumerate(logs):
+        assert torch.equal(lens.top[layer], log.argmax(-1))
+        kl = (final.exp() * (final - log)).sum(-1)
+        assert relative_error(lens.divergence[layer], kl.clamp_min(0)) < 1e-4 or float(kl.abs().max()) < 1e-6
+    assert float(lens.divergence[-1].max()) < 1e-6
+    few = logit_lens(FlexModel(model), layers=[0], **batch)
+    assert torch.equal(few.top, lens.top[[0, -1]])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "opt", "mixtral"])
+def test_the_logit_lens_of_other_families(family: str) -> None:
+    lens = logit_lens(FlexModel(models.make(family)), **models.inputs(family))
+    assert float(lens.divergence[-1].max()) < 1e-5
+
+
+def test_logits_that_are_more_than_an_unembedding_are_refused() -> None:
+    import transformers
+
+    sizes = dict(vocab_size=66, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = transformers.Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    with pytest.raises(FlexModelError, match="the model does something more with them"):
+        logit_lens(FlexModel(model), **inputs())
+
+
+# -- patching --------------------------------------------------------------------------------------------------
+def test_patching_every_position_gives_the_clean_run() -> None:
+    fm = FlexModel(models.make("llama"))
+    with torch.no_grad(), fm.capture(fm.at("resid_pre", 1)) as acts:
+        want = fm(**inputs()).logits
+    with torch.no_grad(), fm.edit(fm.at("resid_pre", 1), edits.patch(acts.ref("@resid_pre.1"))):
+        assert torch.equal(fm(**inputs(True)).logits, want)
+        assert torch.equal(fm(**inputs()).logits, want)  # what it was patches nothing
+
+
+def test_patching_itself_changes_nothing() -> None:
+    found = activation_patching(FlexModel(models.make("llama")), inputs(), inputs(), metric)
+    assert float(found.effect.abs().max()) == 0 and found.clean == found.corrupted
+
+
+def test_the_first_layer_is_patched_only_where_tokens_differ() -> None:
+    found = activation_patching(FlexModel(models.make("llama")), inputs(), inputs(True), metric)
+    assert found.effect[0].nonzero().flatten().tolist() == [1, 2]
+    assert found.restored.shape == (2, 6)
+
+
+def test_attribution_is_the_derivative_of_patching() -> None:
+    """A small step of each cell towards the clean value, by finite differences."""
+    model = models.make("llama").double()
+    fm = FlexModel(model)
+    estimate = attribution_patching(fm, inputs(), inputs(True), metric)
+    step = 1e-2  # the norms compute in float32 whatever they are given
+    with torch.no_grad():
+        with fm.capture(fm.at("resid_pre")) as good:
+            fm(**inputs())
+        with fm.capture(fm.at("resid_pre")) as bad:
+            fm(**inputs(True))
+        for layer in range(2):
+            key = f"@resid_pre.{layer}"
+            towards = step * (good[key] - bad[key])  # type: ignore[operator]
+            for position in range(6):
+                found = []
+                for sign in (1, -1):
+                    moved = edits.add(sign * towards, positions=[position])
+                    with fm.edit(fm.at("resid_pre", layer), moved):
+                        found.append(metric(fm(**inputs(True)).logits))
+                slope = float(found[0] - found[1]) / (2 * step)
+                assert slope == pytest.approx(float(estimate.effect[layer, position]), abs=1e-4)
+
+
+# -- steering --------------------------------------------------------------------------------------------------
+def test_steering_by_nothing_is_nothing() -> None:
+    fm = FlexModel(models.make("llama"))
+    found = steering_vector(fm, inputs(), inputs(True), layer=-1)
+    assert found.layer == 1 and found.separation[0] > 0 > found.separation[1]
+    with torch.no_grad():
+        plain = fm(**inputs()).logits
+        with fm.edit(fm.at("resid_post", 1), found.edit(0.0)):
+            assert torch.equal(fm(**inputs()).logits, plain)
+        with fm.edit(fm.at("resid_post", 1), found.edit(5.0)):
+            assert not torch.equal(fm(**inputs()).logits, plain)
+
+
+# -- tables and pictures ---------------------------------------------------------------------------------------
+def test_tables_and_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    fm = FlexModel(models.make("llama"))
+    lens = logit_lens(fm, **inputs())
+    patching = activation_patching(fm, inputs(), inputs(True), metric, component="z", over="head")
+    steering = steering_vector(fm, inputs(), inputs(True), layer=0)
+    table = lens.to_dataframe()
+    assert list(table.columns) == ["layer", "sample", "position", "top", "probability", "divergence"]
+    assert len(table) == 2 * 4 * 6 and table["top"][7] == int(lens.top[0, 1, 1])
+    assert list(patching.to_dataframe().columns) == ["layer", "head", "effect", "restored"]
+    assert len(steering.to_dataframe()) == 32
+    for one in (lens, patching, steering):
+        figure = one.plot()
+        figure.write_html(tmp_path / "picture.html")
+        assert (tmp_path / "picture.html").stat().st_size > 1000
+    assert isinstance(lens, LogitLens)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------
+def test_bad_input() -> None:
+    fm = FlexModel(models.make("llama"))
+    short = {"input_ids": inputs()["input_ids"][:, :3]}
+    with pytest.raises(FlexModelError, match="need input_ids of one shape"):
+        activation_patching(fm, inputs(), short, metric)
+    with pytest.raises(FlexModelError, match="over='layer' is unknown"):
+        activation_patching(fm, inputs(), inputs(True), metric, over="layer")  # type: ignore[arg-type]
+    with pytest.raises(FlexModelError, match="has no heads to patch"):
+        activation_patching(fm, inputs(), inputs(True), metric, over="head")
+    with pytest.raises(FlexModelError, match="method='ica' is unknown"):
+        steering_vector(fm, inputs(), inputs(True), layer=0, method="ica")  # type: ignore[arg-type]
+    with pytest.raises(FlexModelError, match="needs pairs"):
+        steering_vector(fm, inputs(), {"input_ids": inputs()["input_ids"][:2]}, layer=0, method="pca")
+
+
+def _whole(engine: str) -> list[float]:
+    import engines
+
+    plain = models.net()
+    model = engines.place(engine, models.net()).model
+    fm = FlexModel(model)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    return [relative_error(fm.whole_module(n)(x), plain.get_submodule(n)(x)) for n in ("layers.0.mlp", "norm", "head")]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp1_orig", "fsdp2", "tp", "sp"])
+def test_a_whole_module(engine: str) -> None:
+    assert run_world(2, _whole, engine) == [[0.0] * 3] * 2
+
+
+def test_a_whole_module_of_parts_is_refused() -> None:
+    def _refused() -> str:
+        import engines
+
+        fm = FlexModel(engines.place("fairscale", models.net()).model)
+        try:
+            fm.whole_module("head")
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    assert all("modules under fairscale are parts" in said for said in run_world(2, _refused))
