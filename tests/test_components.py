@@ -566,7 +566,7 @@ def test_a_model_of_ones_own() -> None:
 def test_contradictions() -> None:
     fm = FlexModel(make("llama"))
     z, mid = fm.at("z", 0), fm.at("resid_mid", 0)
-    for keywords in ({"hook_type": "full_backward_pre"}, {"unpack_idx": 1}, {"select": 0}):
+    for keywords in ({"hook_type": "full_backward_pre"}, {"unpack_idx": 1}):
         with pytest.raises(RegistrationError, match="@z"), fm.capture(z, **keywords):
             pass
         with pytest.raises(RegistrationError, match="@z"), fm.edit(z, edits.zero(), **keywords):
@@ -596,6 +596,64 @@ def test_places_go_where_patterns_go() -> None:
     assert last in acts and fm.at("z", 0) not in acts
     with pytest.raises(ComponentError, match="stands for 2 values"):
         acts[every]
+
+
+def selected(engine: str, path: Path) -> list[str]:
+    """The last position of all heads, of one and of some: captured, edited, and its gradient."""
+    placed = place(engine, make("llama"), path)
+    fm = FlexModel(placed.model)
+    mine = {k: placed.mine(v) for k, v in models.inputs("llama").items()}
+    want = by_hand(make("llama"), "llama", models.inputs("llama"))["z"]
+    last, bad = (slice(None), -1), []
+    for head, chosen in ((None, want), (3, want[:, :, 3]), ((3, 0), want[:, :, [3, 0]])):
+        where = fm.at("z", LAYER, head=head)
+        with fm.capture(where, select=last, grad=True) as acts:
+            parity.square(fm(**mine)).backward()
+        with fm.capture(where, grad=True) as plain:
+            parity.square(fm(**mine)).backward()
+        pairs = {"value": (acts[where], chosen[:, -1]), "gradient": (acts.grad(where), plain.grad(where)[:, -1])}  # type: ignore[index]
+        bad += [f"{head} {k}" for k, (got, wanted) in pairs.items() if relative_error(got, wanted) > 1e-5]  # type: ignore[arg-type]
+        with fm.edit(where, edits.zero(), select=last), fm.capture(fm.at("attn_out", LAYER)) as now, torch.no_grad():
+            fm(**mine)
+        cut = want.clone()
+        cut[:, -1, list(range(4)) if head is None else head] = 0
+        model = make("llama").get_submodule(f"model.layers.{LAYER}.self_attn.o_proj")
+        with torch.no_grad():
+            wanted = model(cut.flatten(2))
+        bad += [f"{head} edit"] * (relative_error(now[f"@attn_out.{LAYER}"], wanted) > 1e-5)  # type: ignore[arg-type]
+    return bad
+
+
+@pytest.mark.parametrize("engine", ["none", "tp", "fsdp2"])
+def test_select_of_heads(engine: str, tmp_path: Path) -> None:
+    path = saved("llama", tmp_path, engine)
+    for bad in [selected(engine, path)] if engine == "none" else run_world(2, selected, engine, path):
+        assert not bad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "mixtral"])
+def test_sums_hold_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    fm = FlexModel(make(family).to(dtype))
+    with fm.capture(fm.at("resid_post")) as acts, torch.no_grad():
+        fm(**models.inputs(family))
+    assert len(acts) == 2 and not acts.refused
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_heads_under_checkpointing(reentrant: bool) -> None:
+    found = []
+    for checkpointed in (True, False):
+        model: Any = make("llama").train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        fm = FlexModel(model)
+        where = fm.at("z", 1, head=2), fm.at("resid_post", 0)
+        with fm.capture(*where, grad=True) as acts, fm.edit(fm.at("z", 0, head=1), edits.scale(3.0)):
+            parity.square(fm(**models.inputs("llama"))).backward()
+        assert not acts.refused and len(fm._runtime.sums_hold) == 1
+        found.append([acts[where[0]], *map(acts.grad, where)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
 def test_select_of_a_place_without_heads() -> None:
