@@ -43,6 +43,11 @@ _MORE: dict[str, Callable[[], nn.Module]] = {
     "gpt_neo": lambda: t.GPTNeoForCausalLM(
         t.GPTNeoConfig(vocab_size=66, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]])
     ),
+    "bart": lambda: t.BartForConditionalGeneration(
+        t.BartConfig(
+            vocab_size=66, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8
+        )
+    ),
     "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=66, hidden_size=32, n_layer=2, n_head=4)),
     "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**_LLAMA, residual_multiplier=0.5)),
     "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(
@@ -505,6 +510,10 @@ REFUSED = [
     ("llama", ("z", -3), {}, "there is no layer -3"),
     ("llama", ("z", []), {}, "names no layer"),
     ("llama", ("z", True), {}, "there is no layer True"),
+    ("llama", ("z", 0.5), {}, "there is no layer 0.5"),
+    ("llama", ("z", "0"), {}, "there is no layer '0'"),
+    ("llama", ("z", 0), {"head": 1.0}, "no head 1.0"),
+    ("bart", ("z", 0), {}, "several stacks of layers, 'model.decoder.layers', 'model.encoder.layers'"),
     ("llama", ("embed", 0), {}, "is in no layer"),
     ("llama", ("pos_embed",), {}, "positions are rotary"),
     ("llama", ("k", 0), {"head": 3}, "it has 2 key-value heads, each for 2 of the 4 query heads"),
@@ -594,6 +603,8 @@ def test_places_go_where_patterns_go() -> None:
     assert acts["@q.0.2+0"].shape == (4, 6, 2, 8)  # type: ignore[union-attr]
     assert torch.equal(acts["lm_head"], logits.detach())  # type: ignore[arg-type]
     assert last in acts and fm.at("z", 0) not in acts
+    numpy = torch.arange(2).numpy()
+    assert fm.at("z", numpy, head=numpy[1]) == fm.at("z", [0, 1], head=1)
     with pytest.raises(ComponentError, match="stands for 2 values"):
         acts[every]
 
