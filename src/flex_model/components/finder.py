@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NoReturn
@@ -66,8 +67,8 @@ class Finder:
 
     def _layers(self, layer: Layers) -> list[int]:
         count = self.decoder.count
-        asked = range(count) if layer is None else [layer] if isinstance(layer, int) else list(layer)
-        wrong = [i for i in asked if isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count]
+        asked = list(range(count)) if layer is None else _numbers(layer)
+        wrong = [i for i in asked if not _is_one_of(i, range(-count, count))]
         if wrong or not asked:
             raise ComponentError(
                 f"there is no layer {wrong[0]!r}; the model has {count}, 0 to {count - 1}, or counted from the end "
@@ -208,15 +209,25 @@ class Finder:
 def _chosen(component: str, head: int | Sequence[int] | None, count: int, queries: int) -> Chosen:
     if head is None:
         return None
-    asked = [head] if isinstance(head, int) else list(head)
-    wrong = [h for h in asked if isinstance(h, bool) or not isinstance(h, int) or not 0 <= h < count]
+    asked = _numbers(head)
+    wrong = [h for h in asked if not _is_one_of(h, range(count))]
     if wrong or not asked or len(set(asked)) < len(asked):
         shared = (
             f" key-value heads, each for {queries // count} of the {queries} query heads" if count < queries else ""
         )
         what = f"no head {wrong[0]!r}" if wrong else f"no such choice of heads as {head!r}"
         raise ComponentError(f"{component!r} has {what}: it has {count}{shared or ' heads'}.", page="head-unknown")
-    return head if isinstance(head, int) else tuple(asked)
+    return asked[0] if not isinstance(head, Iterable) else tuple(asked)
+
+
+def _numbers(given: Any) -> list[Any]:
+    """One number or several, as Python's own where they are whole (NumPy's too)."""
+    several = list(given) if isinstance(given, Iterable) else [given]
+    return [x if isinstance(x, bool) or not hasattr(x, "__index__") else operator.index(x) for x in several]
+
+
+def _is_one_of(number: Any, known: range) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number in known
 
 
 def _written(chosen: int | tuple[int, ...]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flex_model.components.place import Place, Spot
+from flex_model.components.within import Within
 from flex_model.core.hook_function import HookType
 from flex_model.core.naming.globs import Pattern
 from flex_model.core.naming.names import Names
@@ -64,9 +65,7 @@ def _of_spot(spot: Spot, hook_type: HookType, unpack_idx: Any, select: Any) -> A
             f"{spot.key!r} is the tensor {spot.unpack_idx} of {spot.name!r}; leave out unpack_idx={unpack_idx!r}.",
             page="options-conflict",
         )
-    if select is not None and spot.select is not None:
-        raise RegistrationError(
-            f"{spot.key!r} selects heads itself; leave out select=, and index what comes.", page="options-conflict"
-        )
     chosen = spot.select if select is None else select
+    if select is not None and spot.select is not None:
+        chosen = Within(spot.select, select)
     return Asked(spot.key, spot.name, spot.hook_type, spot.unpack_idx, chosen, spot)

@@ -296,9 +296,12 @@ class FlexModel(nn.Module):
         ``unembed``. ``layer``: a number, also from the end, several, or None for all layers that have it.
 
         ``q``, ``k``, ``v``, ``z`` are (B, S, heads, d_head); with ``head=3`` (B, S, d_head), with a list
-        (B, S, len, d_head). Key-value heads are counted for themselves. Everything else has the shape that the model
-        gives it: in OPT's MLP and in routers rows are (B * S). Where the sums of the residual stream do not hold in
-        the model's forward, asking for the value (or leaving the edit) raises ComponentError.
+        (B, S, len, d_head); a ``select`` of ``capture`` or ``edit`` selects from these. Key-value heads are counted
+        for themselves. Everything else has the shape that the model gives it: in OPT's MLP and in routers rows are
+        (B * S). All ranks of a pipeline call it.
+
+        Where the sums of the residual stream do not hold in the model's forward, asking for the value (or leaving the
+        edit) raises ComponentError; so does whatever the model has not, or does not tell.
         """
         runtime = self._runtime
         runtime.look()

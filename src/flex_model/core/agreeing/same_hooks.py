@@ -9,6 +9,7 @@ from types import CodeType
 from typing import Any
 from zlib import crc32
 
+from flex_model.components.within import Within
 from flex_model.core.bound import Bound
 
 __all__ = ["line_of", "mark_of"]
@@ -37,6 +38,8 @@ def line_of(bound: Bound) -> str:
 
 
 def _selection(select: Any) -> str:
+    if isinstance(select, Within):
+        return f"{select.outer!r}, {_selection(select.select)}"
     if callable(select):
         return _function(select)
     return type(select).__name__ if hasattr(select, "shape") else repr(select)
