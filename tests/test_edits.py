@@ -163,6 +163,27 @@ def test_two_ranks(engine: str) -> None:
         assert not bad
 
 
+def _of_gradients(engine: str) -> list[str]:
+    """Presets on the gradients of a parameter and of an input."""
+    parameter, site = "layers.0.mlp.up.weight", "layers.1"
+    plain, full = models.net(), models.tokens()
+    plain.get_parameter(parameter).register_hook(lambda g: g * 0.5)
+    plain.get_submodule(site).register_full_backward_hook(lambda m, gi, go: (gi[0].clamp(-1e-3, 1e-3),))
+    engines.loss(plain(full)).backward()
+    placed = engines.place(engine, models.net())
+    fm = FlexModel(placed.model)
+    fm.register_hook(HookFunction(parameter, editing_function=edits.scale(0.5)))
+    fm.register_full_backward_hook(HookFunction(site, editing_function=edits.clamp(-1e-3, 1e-3)))
+    parameters = dict(fm.named_parameters())
+    _step(fm, engine, placed)
+    return parity.wrong_gradients(fm, plain, parameters)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "tp", "sp"])
+def test_of_gradients(engine: str) -> None:
+    assert run_world(2, _of_gradients, engine) == [[]] * 2
+
+
 def _random(engine: str) -> dict[str, Any]:
     placed = engines.Placed(models.net()) if engine == "none" else engines.place(engine, models.net())
     fm = FlexModel(placed.model)

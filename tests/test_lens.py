@@ -22,6 +22,7 @@ from flex_model.lens import (
     LogitLens,
     activation_patching,
     attribution_patching,
+    direct_logit_attribution,
     logit_lens,
     steering_vector,
 )
@@ -68,6 +69,7 @@ def _all(fm: FlexModel, mine: Callable[[dict[str, Tensor]], dict[str, Tensor]]) 
     by_position = activation_patching(fm, clean, corrupted, metric)
     by_head = activation_patching(fm, clean, corrupted, metric, component="z", over="head")
     estimate = attribution_patching(fm, clean, corrupted, metric)
+    direct = direct_logit_attribution(fm, torch.arange(4), against=torch.tensor(9), **clean)
     vectors = [steering_vector(fm, clean, corrupted, layer=0, method=m).vector for m in ("mean", "pca")]
     return {
         "top": lens.top.tolist(),
@@ -76,6 +78,7 @@ def _all(fm: FlexModel, mine: Callable[[dict[str, Tensor]], dict[str, Tensor]]) 
         "positions": by_position.effect.tolist(),
         "heads": by_head.effect.tolist(),
         "estimate": estimate.effect.tolist(),
+        "direct": direct.contribution.tolist(),
         "vectors": [v.tolist() for v in vectors],
     }
 
@@ -101,7 +104,7 @@ def _spread(engine: str, path: str) -> dict[str, list[Any]]:
 def test_the_same_under_every_engine(engine: str, path: str, alone: dict[str, list[Any]]) -> None:
     for found in run_world(2, _spread, engine, path):
         assert found["top"] == alone["top"] and found["tokens"] == alone["tokens"]
-        for key in ("divergence", "positions", "heads", "estimate", "vectors"):
+        for key in ("divergence", "positions", "heads", "estimate", "direct", "vectors"):
             assert relative_error(torch.tensor(found[key]), torch.tensor(alone[key])) < 1e-4, key
 
 
@@ -184,6 +187,43 @@ def test_attribution_is_the_derivative_of_patching() -> None:
                 assert slope == pytest.approx(float(estimate.effect[layer, position]), abs=1e-4)
 
 
+# -- direct logit attribution ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3", "mixtral"])
+def test_parts_sum_to_the_logits(family: str) -> None:
+    """It is an error where they do not."""
+    fm = FlexModel(models.make(family))
+    found = direct_logit_attribution(fm, torch.tensor(3), **models.inputs(family))
+    assert found.contribution.shape == (5, 4) and found.parts[:3] == ("embed", "attn_out.0", "mlp_out.0")
+    with torch.no_grad():
+        logits = fm(**models.inputs(family)).logits[:, -1, 3]
+    assert relative_error(found.logits, logits) < 1e-6
+    assert relative_error(found.contribution.sum(0) + found.bias, logits) < 1e-4
+
+
+def test_flattened_tokens_are_refused() -> None:
+    with pytest.raises(FlexModelError, match="has no dim of positions"):
+        direct_logit_attribution(FlexModel(models.make("opt")), torch.tensor(3), **models.inputs("opt"))
+
+
+def test_what_a_part_writes_by_hand() -> None:
+    """Without one layer's MLP, and with the norm's scale as it was, the logits lack its part."""
+    model, batch = models.make("llama"), inputs()
+    found = direct_logit_attribution(FlexModel(model), torch.arange(4), against=torch.tensor(9), position=2, **batch)
+    with torch.no_grad():
+        out = model.model(**batch, output_hidden_states=True)
+        seen: dict[str, Tensor] = {}
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda m, a, o: seen.update(mlp=o))
+        last = model.model.layers[1].register_forward_hook(lambda m, a, o: seen.update(last=o))
+        model(**batch)
+        handle.remove(), last.remove()
+        scale = (seen["last"][:, 2].pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).rsqrt()
+        wrote = seen["mlp"][:, 2] * scale * model.model.norm.weight
+        unembed = model.lm_head.weight
+        want = (wrote * (unembed[torch.arange(4)] - unembed[9])).sum(-1)
+    assert out is not None and found.parts[-1] == "mlp_out.1"
+    assert relative_error(found.contribution[-1], want) < 1e-5
+
+
 # -- steering --------------------------------------------------------------------------------------------------
 def test_steering_by_nothing_is_nothing() -> None:
     fm = FlexModel(models.make("llama"))
@@ -209,7 +249,9 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
     assert len(table) == 2 * 4 * 6 and table["top"][7] == int(lens.top[0, 1, 1])
     assert list(patching.to_dataframe().columns) == ["layer", "head", "effect", "restored"]
     assert len(steering.to_dataframe()) == 32
-    for one in (lens, patching, steering):
+    direct = direct_logit_attribution(fm, torch.tensor(1), **inputs())
+    assert list(direct.to_dataframe()["part"][::4]) == list(direct.parts)
+    for one in (lens, patching, steering, direct):
         figure = one.plot()
         figure.write_html(tmp_path / "picture.html")
         assert (tmp_path / "picture.html").stat().st_size > 1000
@@ -228,6 +270,8 @@ def test_bad_input() -> None:
         activation_patching(fm, inputs(), inputs(True), metric, over="head")
     with pytest.raises(FlexModelError, match="method='ica' is unknown"):
         steering_vector(fm, inputs(), inputs(True), layer=0, method="ica")  # type: ignore[arg-type]
+    with pytest.raises(FlexModelError, match="3 answers for a batch of 4"):
+        direct_logit_attribution(fm, torch.arange(3), **inputs())
     with pytest.raises(FlexModelError, match="needs pairs"):
         steering_vector(fm, inputs(), {"input_ids": inputs()["input_ids"][:2]}, layer=0, method="pca")
 

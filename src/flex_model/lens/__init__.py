@@ -1,5 +1,6 @@
 """Analyses built on the public API only."""
 
+from flex_model.lens.direct import DirectLogits, direct_logit_attribution
 from flex_model.lens.induction import (
     CopyLoss,
     Head,
@@ -18,6 +19,7 @@ from flex_model.lens.steering import SteeringVector, steering_vector
 
 __all__ = [
     "CopyLoss",
+    "DirectLogits",
     "Head",
     "Induction",
     "LogitLens",
@@ -27,6 +29,7 @@ __all__ = [
     "Unembedding",
     "activation_patching",
     "attribution_patching",
+    "direct_logit_attribution",
     "induction_scores",
     "logit_lens",
     "measure",
