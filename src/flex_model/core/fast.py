@@ -58,7 +58,6 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
         or hook.random
         or bound.may_write
         or runtime.context.check
-        or hook.run == "sharded"
     ):
         return None
     if bound.edit is None and runtime.on_one_device:
