@@ -177,7 +177,8 @@ def place(engine: str, kind: str, path: Path) -> engines.Placed:
     if engine == "ddp":
         return engines.Placed(nn.parallel.DistributedDataParallel(model), world, rank)
     if engine == "fsdp1_orig":
-        return engines.Placed(FullyShardedDataParallel(model, device_id=engines.CPU, use_orig_params=True), world, rank)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device(engines.device), use_orig_params=True)
+        return engines.Placed(wrapped, world, rank)
     if engine == "fsdp2":
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
         for layer in inner(model).model.layers:  # type: ignore[union-attr]

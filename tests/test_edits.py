@@ -244,6 +244,25 @@ def test_edits_of_elements_move_nothing(engine: str) -> None:
         assert {k: v for k, v in moved.items() if v} == {}
 
 
+def _selected(engine: str) -> float:
+    placed = engines.place(engine, models.net())
+    fm = FlexModel(placed.model)
+    with torch.no_grad(), fm.edit("layers.0", edits.zero(), select=(slice(None), -1)), fm.capture("layers.1") as acts:
+        fm(placed.mine(models.tokens()))
+    plain = models.net()
+    plain.layers[0].register_forward_hook(lambda m, a, o: torch.cat([o[:, :-1], 0 * o[:, -1:]], 1))
+    plain.layers[1].register_forward_hook(lambda m, a, o: seen.append(o))
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        plain(models.tokens())
+    return relative_error(acts["layers.1"], seen[0])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "tp", "sp"])
+def test_of_a_selection(engine: str) -> None:
+    assert max(run_world(2, _selected, engine)) < 1e-5
+
+
 def test_the_default_is_sharded_where_that_is_exact() -> None:
     made = presets(WIDTH)
     assert {n for n in made if HookFunction("x", editing_function=made[n][0]).run != "sharded"} == {

@@ -53,7 +53,7 @@ def tied() -> Tied:
 def place(engine: str) -> engines.Placed:
     model = tied()
     if engine == "fsdp1_orig":  # without a policy: see CANNOT
-        wrapped = FullyShardedDataParallel(model, device_id=engines.CPU, use_orig_params=True)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device(engines.device), use_orig_params=True)
         return engines.Placed(wrapped, dist.get_world_size(), dist.get_rank())
     if engine != "tp":
         return engines.place(engine, model)

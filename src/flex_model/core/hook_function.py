@@ -63,7 +63,7 @@ class HookFunction:
     ``unpack_idx``: which tensor of the value: a number in flattening order, a keyword or path, several, or ``"all"``.
     ``select``: an index, slice, tuple of them, or function, in global coordinates, applied before anything moves.
     ``run``: ``"every_rank"``, ``"one_rank"`` or ``"sharded"`` (a DTensor; nothing is gathered). Left out, it is what a
-    preset of ``flex_model.edits`` says, and every rank for others; so with ``random``.
+    preset of ``flex_model.edits`` says if there is no ``select``, and every rank for others; so with ``random``.
     ``axes``: unshard only these mesh axes. ``layout``: the placements, for what cannot be found out.
     ``random=True``: the edit draws random numbers, the same on every rank and on one process.
     """
@@ -82,8 +82,8 @@ class HookFunction:
         layout: LayoutOverride | None = None,
         random: bool | None = None,
     ) -> None:
-        if run is None:
-            run = getattr(editing_function, "default_run", "every_rank")
+        if run is None:  # a selection is put back into the whole
+            run = getattr(editing_function, "default_run", "every_rank") if select is None else "every_rank"
         if not isinstance(module_name, str):
             raise RegistrationError(f"module_name must be a string, got {type(module_name).__name__}.")
         if run not in get_args(RunMode):

@@ -242,8 +242,6 @@ def edit_bounds(
         if one.spot is not None:
             _check_edit(one.spot, keywords)
         own = {**keywords, "unpack_idx": one.unpack_idx, "select": one.select}
-        if one.spot is not None and _some_heads(one.spot):
-            own.setdefault("run", "every_rank")  # whatever a preset would do with all of them
         hook = HookFunction(one.name, editing_function=editing_function, **own)
         bounds.append(
             bind(runtime, hook, one.hook_type, one.key, sink if hook.capture else None, deliver, temporary=True)
