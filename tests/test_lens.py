@@ -206,21 +206,21 @@ def test_flattened_tokens_are_refused() -> None:
 
 
 def test_what_a_part_writes_by_hand() -> None:
-    """Without one layer's MLP, and with the norm's scale as it was, the logits lack its part."""
+    """The last MLP's output, through the norm at the scale it had, along the two tokens' directions."""
     model, batch = models.make("llama"), inputs()
     found = direct_logit_attribution(FlexModel(model), torch.arange(4), against=torch.tensor(9), position=2, **batch)
     with torch.no_grad():
-        out = model.model(**batch, output_hidden_states=True)
         seen: dict[str, Tensor] = {}
         handle = model.model.layers[1].mlp.register_forward_hook(lambda m, a, o: seen.update(mlp=o))
         last = model.model.layers[1].register_forward_hook(lambda m, a, o: seen.update(last=o))
         model(**batch)
-        handle.remove(), last.remove()
+        handle.remove()
+        last.remove()
         scale = (seen["last"][:, 2].pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).rsqrt()
         wrote = seen["mlp"][:, 2] * scale * model.model.norm.weight
         unembed = model.lm_head.weight
         want = (wrote * (unembed[torch.arange(4)] - unembed[9])).sum(-1)
-    assert out is not None and found.parts[-1] == "mlp_out.1"
+    assert found.parts[-1] == "mlp_out.1"
     assert relative_error(found.contribution[-1], want) < 1e-5
 
 

@@ -19,7 +19,7 @@ from flex_model.errors import EditError
 if TYPE_CHECKING:
     from flex_model.core.hook_function import Call
 
-__all__ = ["Places", "Positions", "When"]
+__all__ = ["Places", "Positions", "When", "last_columns"]
 
 Positions = Literal["last"] | int | Sequence[int] | Tensor | None
 When = Literal["all", "prefill", "decode"]
@@ -88,9 +88,17 @@ def _last(x: Tensor, call: Call | None) -> Tensor:
     columns = torch.arange(length, device=x.device)
     if real is None or real.dim() != 2:
         return (columns == length - 1)[None]
-    real = real[:, -length:].to(x.device).bool()
-    last = torch.where(real, columns, -1).amax(1, keepdim=True)
-    return columns == last
+    return columns == last_columns(real[:, -length:].to(x.device))[:, None]
+
+
+def last_columns(mask: Tensor) -> Tensor:
+    """``(B,)``: the column of each row's last token that is not padding, by an attention mask ``(B, S)``; -1: none.
+
+    >>> last_columns(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
+    [1, 2]
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask.bool(), columns, -1).amax(1)
 
 
 def _of_rows(mask: Tensor, x: Tensor) -> Tensor:

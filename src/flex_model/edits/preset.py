@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["FACTORIES", "Preset", "compose", "preset"]
 
 P = ParamSpec("P")
-Edit = Callable[[Tensor], Tensor]
 FACTORIES: dict[str, Callable[..., Preset]] = {}  # by name: what saved edits are made with again
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flex_model import FlexModel, FlexModelError
 from flex_model.edits import Preset, add
+from flex_model.edits.places import last_columns
 from flex_model.lens.result import Result, grid, long_table, whole
 
 if TYPE_CHECKING:
@@ -95,7 +96,5 @@ def _last_tokens(fm: FlexModel, inputs: Mapping[str, Any], component: str, layer
     mask = inputs.get("attention_mask")
     if mask is None:
         return value[:, -1]
-    real = fm.full_batch(mask).to(value.device)
-    columns = torch.arange(real.shape[1], device=value.device)
-    last = torch.where(real.bool(), columns, -1).amax(1)
+    last = last_columns(fm.full_batch(mask).to(value.device))
     return value[torch.arange(len(value)), last]
