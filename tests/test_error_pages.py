@@ -51,6 +51,7 @@ INTERNAL = {
     "NoRectangle": "caught in routing/assembly.py",
     "NotImplementedError": "a method that an engine must have",
     "Opaque": "ends the twin early",
+    "Stop": "ends a forward, and is taken up where it began",
     "SystemExit": "the command's packages are not installed",
     "ValueError": "caught in engines/own_sizes.py, layout/moves.py, check/run.py",
     "_Refusal": "becomes the refusal of a claim",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction
+from flex_model.errors import RegistrationError
 
 LAYERS, BATCH, LENGTH, MICROBATCHES = 4, 8, 6, 4
 
@@ -144,3 +145,16 @@ def _edits() -> None:
 
 def test_edits() -> None:
     run_world(2, _edits)
+
+
+def _stopped() -> None:
+    fm = FlexModel(Stages().module)
+    with (
+        pytest.raises(RegistrationError, match="under Megatron-core.* cannot be stopped"),
+        fm.capture("decoder.layers.0", stop=True),
+    ):
+        pass
+
+
+def test_stages_that_cannot_be_stopped_are_refused() -> None:
+    run_world(2, _stopped)

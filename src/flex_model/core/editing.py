@@ -227,9 +227,7 @@ def _sharded(bound: Bound, context: EditContext, local: Tensor, layout: Layout, 
         stride=torch.empty(shape, device="meta").stride(),
     )
     ragged = any(layout.ragged[i] and i not in context.even_axes for i in layout.sharded_axes)
-    own_sizes = ragged and not dtensor_holds(
-        layout, mesh, shape, exchange_shapes([tuple(local.shape)], mesh)[0]
-    )
+    own_sizes = ragged and not dtensor_holds(layout, mesh, shape, exchange_shapes([tuple(local.shape)], mesh)[0])
     with Guarded(bound.where, value if own_sizes else None), context.modules.as_dtensors(device_mesh):
         out = _call(bound, context, value, index, call)
     if out is None:

@@ -28,6 +28,7 @@ from flex_model.core.register import bind, capture_bounds, edit_bounds
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
 from flex_model.core.runtime import Runtime
 from flex_model.core.sinks import OutputSink
+from flex_model.core.stopping import Stop
 from flex_model.core.sums import watched_sums
 from flex_model.core.unfired.missed import Block
 from flex_model.core.whole import full_batch, full_output, full_parameter, whole_module
@@ -121,9 +122,13 @@ class FlexModel(nn.Module):
         try:
             if runtime.direct:
                 runtime.installed.compiled_late()
-            return self.module(*args, **kwargs)
+            output = self.module(*args, **kwargs)
+            return None if runtime.stopping.cut else output
+        except Stop:
+            runtime.stopping.over()
+            return None
         finally:
-            runtime.direct = before
+            runtime.direct, runtime.stopping.cut = before, False
             if runtime.active not in (None, outer) and not runtime.quiet:  # torch runs no hook after KeyboardInterrupt
                 runtime.abandon(sys.exc_info()[1])
 
@@ -320,23 +325,41 @@ class FlexModel(nn.Module):
         deliver: Deliver = "all",
         grad: bool = False,
         detach: bool = True,
+        stop: bool = False,
     ) -> Iterator[Captured]:
         """Capture everything the patterns match while the block runs; the values are there when the forward is over.
 
         ``grad=True`` also keeps the gradient of each value (``acts.grad(name)``), on frozen models too.
         ``detach=False`` hands out the value with its graph, on its device. All ranks enter and leave the block.
+
+        >>> with fm.capture(fm.at("resid_post", 5), stop=True) as acts:         # doctest: +SKIP
+        ...     for batch in batches:
+        ...         fm(**batch)                                                  # layers 6 and on do not run
+
+        ``stop=True`` ends each forward as soon as every hook that is on has fired once, on all ranks and stages;
+        ``fm(...)`` then returns None, and a pipeline's stages hand on NaN. A forward that somebody else has called,
+        such as ``generate``, ends the block. Every captured module must run on every rank.
         """
         runtime = self._runtime
         runtime.look()
         bounds, acts, spots = capture_bounds(
-            runtime, patterns, hook_type, unpack_idx, select=select, deliver=deliver, grad=grad, detach=detach
+            runtime,
+            patterns,
+            hook_type,
+            unpack_idx,
+            select=select,
+            deliver=deliver,
+            grad=grad,
+            detach=detach,
+            stop=stop,
         )
         block = acts.block = Block(runtime.missed, bounds)
         runtime.bounds += bounds
         runtime.installed.put_on()
         try:
             with runtime.watch.telling(), watched_sums(runtime, spots, acts.refused):
-                yield acts
+                with runtime.stopping.block(stop):
+                    yield acts
                 runtime.outbox.flush()
             block.end()
         finally:

@@ -84,6 +84,7 @@ class Installed:
             self._entry_handles.append(module.register_forward_hook(outside(self.runtime.failed), always_call=True))
         for watch in self.runtime.sum_watches:
             watch.put_on()
+        self.runtime.stopping.put_on()
 
     def _values_wanted(self, *, gradients: bool) -> dict[tuple[str, str, str, bool], nn.Module]:
         return {

@@ -161,6 +161,7 @@ def capture_bounds(
     deliver: Deliver,
     grad: bool,
     detach: bool,
+    stop: bool,
 ) -> tuple[list[Bound], Captured, list[Spot]]:
     """The hooks of one ``capture`` block, the object that its values arrive in, and what ``fm.at`` found of them."""
     if deliver not in ("main", "all", "local"):
@@ -171,6 +172,11 @@ def capture_bounds(
     if backward and (grad or not detach):
         raise RegistrationError(
             f"grad=True and detach=False go with forward hook types, not with {hook_type!r}.", page="options-conflict"
+        )
+    if stop and (backward or grad or not detach):
+        raise RegistrationError(
+            "stop=True ends the forward, so that no gradient comes; take values only, or leave stop=False.",
+            page="options-conflict",
         )
     if not detach and runtime.whole.stage_axis is not None:
         raise RegistrationError(

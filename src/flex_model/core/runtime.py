@@ -37,6 +37,7 @@ from flex_model.core.ragged import merge
 from flex_model.core.register import on_mesh
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.stages.steps import Steps
+from flex_model.core.stopping import Stopping
 from flex_model.core.sums import SumWatch
 from flex_model.core.trainable import TrainableModules
 from flex_model.core.unfired.missed import Missed
@@ -95,6 +96,7 @@ class Runtime:
         self.steps = Steps(self)
         self.missed = Missed(self)
         self.installed = Installed(self)
+        self.stopping = Stopping(self)
         self.watch: Watch | NoWatch = NoWatch()
         self.hooks_mark = ""  # what all ranks have agreed on; empty after a change
         self._agreed: set[tuple[int, str]] = set()
@@ -166,7 +168,7 @@ class Runtime:
         watch = self.watch
         if self.hooks_mark or not isinstance(watch, Watch):
             return
-        lines = [line_of(bound) for bound in self.bounds if bound.enabled]
+        lines = [line_of(bound) for bound in self.bounds if bound.enabled] + ["stop=True"] * bool(self.stopping)
         mark = mark_of(lines)
         if (watch.epoch, mark) not in self._agreed:
             roll_call(watch, mark, lines)
@@ -256,6 +258,8 @@ class Runtime:
         if self.inference.lacks(wanted):
             with self.silent():
                 self.inference.begin(module, args, kwargs, wanted)
+        if self.stopping:
+            self.stopping.begin(self.active)
 
     @contextmanager
     def silent(self) -> Iterator[None]:

@@ -54,6 +54,7 @@ class SumWatch:
         self.runtime, self.of, self.wrong = runtime, of, wrong
         self.values: dict[str, Tensor | None] = {}
         self.handles: list[Any] = []
+        self.layer: nn.Module | None = None  # that is looked at
 
     def put_on(self) -> None:
         """Anew, behind the hooks that are on: edits of what is added have been made when it is looked at, those of the
@@ -66,6 +67,7 @@ class SumWatch:
         mid = None if of.mid is None else names.module_of(of.mid, "in")
         if layer is None or attn is None or mlp is None or (mid is None and of.mid is not None):
             return  # on another stage
+        self.layer = layer
         self.handles.append(layer.register_forward_pre_hook(self._begin, with_kwargs=True))
         self.handles.append(attn.register_forward_hook(self._output("attn")))
         self.handles.append(mlp.register_forward_hook(self._output("mlp")))
@@ -78,6 +80,7 @@ class SumWatch:
             handle.remove()
         self.handles.clear()
         self.values.clear()
+        self.layer = None
 
     def _keep(self, part: str, value: Any) -> None:
         tensor = None if self.runtime.quiet or in_backward() != -1 else first_tensor(value)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flex_model.engines.engine import Engine, GradientSite
+from flex_model.engines.engine import Engine, GradientSite, Held
 
 __all__ = ["AccelerateEngine"]
 
@@ -30,6 +31,10 @@ class AccelerateEngine(Engine):
         flat = [h for hook in hooks for h in getattr(hook, "hooks", (hook,))]
         found = {d for h in flat if (d := getattr(h, "execution_device", None)) is not None}
         return {torch.device("cuda", d) if isinstance(d, int) else torch.device(d) for d in found}
+
+    @property
+    def held(self) -> Iterable[Held]:
+        return [Held(m, m, "_old_forward") for m in self.module.modules() if hasattr(m, "_old_forward")]
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
         parameter = owner._parameters.get(attribute)

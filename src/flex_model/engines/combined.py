@@ -17,7 +17,7 @@ from flex_model.engines.accelerate import AccelerateEngine
 from flex_model.engines.context_parallel import ContextParallelEngine
 from flex_model.engines.ddp import DDPEngine
 from flex_model.engines.dtensor import DTensorEngine
-from flex_model.engines.engine import Conductor, Engine, GradientSite, axes_of_mesh
+from flex_model.engines.engine import Conductor, Engine, GradientSite, Held, axes_of_mesh
 from flex_model.engines.experts import ExpertsEngine
 from flex_model.engines.fairscale import FairscaleEngine
 from flex_model.engines.fsdp1 import FSDP1Engine
@@ -142,6 +142,12 @@ class Engines:
             for engine in self.found:
                 stack.enter_context(engine.undisturbed())
             yield
+
+    @property
+    def held(self) -> list[Held]:
+        """One a function; where one engine's forward ends, no other's has to go on."""
+        found = sorted((h for e in self.found for h in e.held), key=lambda h: h.answer is None)
+        return list({(id(h.module), h.attribute): h for h in reversed(found)}.values())
 
     def order(self, module: nn.Module, side: str, dim: int, size: int) -> int | str:
         for engine in self.found:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from flex_model.layout.sequence import Order
 from flex_model.layout.twin import Mimic
 from flex_model.routing.rows import RowSource
 
-__all__ = ["Conductor", "Engine", "GradientSite", "axes_of_mesh"]
+__all__ = ["Conductor", "Engine", "GradientSite", "Held", "axes_of_mesh"]
 
 
 def axes_of_mesh(mesh: DeviceMesh, kind: AxisKind, default: str) -> list[Axis]:
@@ -43,6 +44,18 @@ class GradientSite:
         self.when = when  # "local" | "finished" | "never"
         self.stated = dict(stated or {})
         self.refusal = refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A function of ``module`` that must return although the forward is stopped inside it, because its caller has work
+    to do then. When the call of ``around`` is over, stopping goes on; with ``answer``, which makes what the function
+    returns of its arguments, it has come to its end."""
+
+    module: nn.Module
+    around: nn.Module
+    attribute: str = "forward"
+    answer: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
 
 
 class Conductor(Protocol):
@@ -271,6 +284,11 @@ class Engine:
     def undisturbed(self) -> Iterator[None]:
         """Forwards in here leave no trace in what this engine keeps on the model."""
         yield
+
+    @property
+    def held(self) -> Iterable[Held]:
+        """Where this engine has something to do when a forward is over, also one that is stopped in the middle."""
+        return ()
 
     def keep_alive(self) -> bool:
         """Whether a parameter that gets no gradient would stall this engine's backward."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import accumulate
 from math import prod
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from flex_model.engines.engine import Engine, GradientSite
+from flex_model.engines.engine import Engine, GradientSite, Held
 from flex_model.layout.mesh import Axis
 from flex_model.routing.collectives import all_gather_flat
 
@@ -35,6 +36,10 @@ class FSDP1Engine(Engine):
         if replicate is None or dist.get_world_size(replicate) == 1:
             return [shard]
         return [Axis("dp_replicate", "data", tuple(dist.get_process_group_ranks(replicate))), shard]
+
+    @property
+    def held(self) -> Iterable[Held]:
+        return [Held(m._fsdp_wrapped_module, m) for m in FSDP.fsdp_modules(self.module)]
 
     def hidden_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         out = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flex_model.engines.engine import Engine, GradientSite, axes_of_mesh
+from flex_model.engines.engine import Engine, GradientSite, Held, axes_of_mesh
 from flex_model.layout.mesh import Axis
 
 __all__ = ["FSDP2Engine"]
@@ -57,6 +57,10 @@ class FSDP2Engine(Engine):
                     module.reshard()
                 elif not was_sharded and _is_sharded(module):
                     module.unshard()
+
+    @property
+    def held(self) -> Iterable[Held]:
+        return [Held(m, m) for m in self.module.modules() if isinstance(m, FSDPModule)]
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
         # The parameter's own hook never fires, and a root whose inputs need no gradient is reduced at the very end.

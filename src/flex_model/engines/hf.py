@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial
 
-from flex_model.engines.engine import Engine, GradientSite
+from flex_model.engines.engine import Engine, GradientSite, Held
 from flex_model.layout.mesh import Axis
 
 __all__ = ["TransformersEngine"]
@@ -64,6 +65,23 @@ class TransformersEngine(Engine):
             like = next(self.module.parameters())
             named["inputs_embeds"] = like.new_zeros((*ids.shape[:2], config.hidden_size), device=ids.device)
         return (), named
+
+    @property
+    def held(self) -> Iterable[Held]:
+        if not self.axes:
+            return ()
+        base = self.module.get_submodule(str(self.module.base_model_prefix))
+        return [Held(base, base, answer=self._nothing)]
+
+    def _nothing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a stage hands on of a forward that was stopped: as many hidden states as there are tokens, and NaN."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        given: Any = kwargs.get("inputs_embeds")
+        given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
+        width: int = self.module.config.hidden_size  # type: ignore[union-attr,assignment]
+        states = next(self.module.parameters()).new_full((*given.shape[:2], width), float("nan"))
+        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=kwargs.get("past_key_values"))
 
     def gradient_site(self, owner: nn.Module, attribute: str) -> GradientSite | None:
         # transformers sums these gradients itself, after they were accumulated

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar
 from weakref import WeakSet, ref
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
-from flex_model.engines.engine import Conductor, Engine
+from flex_model.engines.engine import Conductor, Engine, Held
 from flex_model.engines.schedule import Conductors, watch
 from flex_model.layout.mesh import Axis
 
@@ -66,6 +67,10 @@ class PipeliningEngine(Engine):
         return {s.stage_index: s.submod for s in self.stages}
 
     @property
+    def held(self) -> Iterable[Held]:
+        return [Held(s.submod, s.submod, answer=partial(_nothing, ref(s))) for s in self.stages]
+
+    @property
     def lockstep(self) -> bool:
         return False  # a stage's module called by hand: the others may be called later, or never
 
@@ -87,6 +92,17 @@ def _note(stage: Any) -> None:
     global _made
     _stages.add(stage)
     _made += 1
+
+
+def _nothing(stage: Any, args: Any, kwargs: Any) -> Any:
+    """What a stage hands on of a microbatch that was stopped: of the shapes that the next one waits for, and NaN."""
+    made = stage()
+    metas = made._stage_meta.outputs if hasattr(made, "_stage_meta") else made.get_outputs_meta()
+    out = tuple(
+        torch.full(m.shape, float("nan") if m.dtype.is_floating_point else 0, dtype=m.dtype, device=made.device)
+        for m in metas
+    )
+    return out[0] if len(out) == 1 else out
 
 
 def _watch() -> None:

@@ -17,7 +17,7 @@ from flex_model.core.call import ActiveCall, Staged
 from flex_model.core.save_ctx import Saved
 from flex_model.core.stages.messages import Messages
 from flex_model.core.stages.microbatches import merge_microbatches
-from flex_model.errors import NameNotFoundError
+from flex_model.errors import NameNotFoundError, RegistrationError
 
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
@@ -70,6 +70,11 @@ class Steps:
         if self.now is not None or not (any(b.enabled for b in runtime.bounds) or len(runtime.modules)):
             yield
             return
+        if backward and runtime.stopping:
+            raise RegistrationError(
+                "stop=True stops forwards, and this step of the schedule goes backward; use the schedule's eval().",
+                page="options-conflict",
+            )
         runtime.watch.call = runtime.calls
         runtime.agree()
         runtime.whole.prepare()
