@@ -150,7 +150,7 @@ def test_edits() -> None:
 def _stopped() -> None:
     fm = FlexModel(Stages().module)
     with (
-        pytest.raises(RegistrationError, match="under Megatron-core.* cannot be stopped"),
+        pytest.raises(RegistrationError, match=r"under Megatron-core.* cannot be stopped"),
         fm.capture("decoder.layers.0", stop=True),
     ):
         pass
