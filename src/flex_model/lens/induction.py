@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from flex_model import FlexModel, edits
+from flex_model.lens.attention import per_head
 from flex_model.lens.result import Result, grid, long_table, whole
 
 if TYPE_CHECKING:
@@ -215,11 +216,7 @@ def _observe(fm: FlexModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and logits of one forward."""
     place = fm.at("pattern")
     back = 1 - ids.shape[1] // 2
-
-    def after_previous(pattern: Tensor) -> Tensor:  # (B, heads, S, S) to (B, heads), on the shards
-        found = pattern.diagonal(back, -2, -1).double().mean(-1)
-        return found if pattern.is_floating_point() else found.long()  # asked with coordinates for values
-
+    after_previous = per_head(lambda p: p.diagonal(back, -2, -1).double().mean(-1))
     with fm.capture(place, select=after_previous) as acts:
         logits = _logits(fm, ids)
     return torch.stack([whole(acts, key).mean(0).float() for key in place.keys]), logits
