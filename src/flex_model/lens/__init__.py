@@ -15,7 +15,7 @@ from flex_model.lens.induction import (
 )
 from flex_model.lens.logit import LogitLens, Unembedding, logit_lens
 from flex_model.lens.patching import Patching, activation_patching, attribution_patching
-from flex_model.lens.result import Result
+from flex_model.lens.result import Result, save_figure
 from flex_model.lens.steering import SteeringVector, steering_vector
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "remove_heads",
     "repeated_loss",
     "repeated_tokens",
+    "save_figure",
     "steering_vector",
     "top_heads",
 ]

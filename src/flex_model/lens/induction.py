@@ -105,29 +105,6 @@ class Induction(Result):
             figure.add_shape(type="rect", line={"color": "#d1495b", "width": 2}, **corners)
         return figure
 
-    def heatmap(self, path: str | Path) -> Path:
-        """A picture of all scores, the removed heads outlined."""
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-        from matplotlib.ticker import MaxNLocator
-
-        layers, heads = self.scores.shape
-        size = max(8.0, 1.6 + 0.3 * layers), max(2.5, 1.1 + 0.3 * heads)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(self.scores.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for layer, head in self.removed:
-            corner = layer - 0.5, head - 0.5
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#d1495b", lw=1.5, clip_on=False))
-        axes.set(xlabel="layer", ylabel="head")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator("auto", integer=True))
-        axes.set_title("Attention to the token after the previous occurrence (outlined: removed)", loc="left")
-        axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label="mean attention", pad=0.02)
-        figure.savefig(Path(path), dpi=160)
-        return Path(path)
-
     def save_json(self, path: str | Path) -> Path:
         """Everything but the logits."""
         content: dict[str, Any] = {
