@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from flex_model.lens import (
     attribution_patching,
     direct_logit_attribution,
     logit_lens,
+    result,
+    save_figure,
     steering_vector,
 )
 
@@ -303,3 +307,53 @@ def test_a_whole_module_of_parts_is_refused() -> None:
         return ""
 
     assert all("modules under fairscale are parts" in said for said in run_world(2, _refused))
+
+
+# -- pictures in files -----------------------------------------------------------------------------------------
+def _figure() -> Any:
+    go = pytest.importorskip("plotly.graph_objects")
+    return go.Figure(go.Heatmap(z=[[0.0, 1.0], [2.0, 3.0]]))
+
+
+NO_CHROMIUM = not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")))
+
+
+@pytest.mark.skipif(NO_CHROMIUM, reason="no Chromium to draw static pictures")
+def test_a_result_is_saved_as_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("kaleido")
+    found = activation_patching(FlexModel(models.make("llama")), inputs(), inputs(True), metric)
+    png = found.save(tmp_path / "found.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
+    assert (width, height) == (1400, 900)
+    save_figure(_figure(), tmp_path / "found.svg")
+    assert "<svg" in (tmp_path / "found.svg").read_text()
+
+
+def test_a_page_needs_no_chromium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))
+    assert "plotly" in save_figure(_figure(), str(tmp_path / "found.html")).read_text()
+
+
+def test_pictures_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = _figure()
+    with pytest.raises(FlexModelError, match=r"ends in \.html, \.png, \.svg, \.pdf, got 'found\.bmp'"):
+        save_figure(figure, tmp_path / "found.bmp")
+    if find_spec("kaleido") is not None:
+        monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))
+        with pytest.raises(FlexModelError, match=r"a \.png needs Chromium or Chrome \(.+\); install it") as told:
+            save_figure(figure, tmp_path / "found.png")
+        assert told.value.page == "not-installed"
+    monkeypatch.setattr(result, "find_spec", lambda name: None)
+    with pytest.raises(FlexModelError, match=r"a \.pdf needs kaleido; install flex-model\[plot\]"):
+        save_figure(figure, tmp_path / "found.pdf")
+    assert not list(tmp_path.iterdir())
+
+
+def _saved(folder: Path) -> bool:
+    path = save_figure(_figure(), folder / f"{dist.get_rank()}.html")
+    return path.exists()
+
+
+def test_the_lowest_rank_writes(tmp_path: Path) -> None:
+    assert run_world(2, _saved, tmp_path) == [True, False]

@@ -20,7 +20,7 @@ except ModuleNotFoundError as missing:
 import torch
 import torch.distributed as dist
 
-from flex_model import FlexModel
+from flex_model import FlexModel, FlexModelError
 from flex_model.cli_doctor import doctor
 from flex_model.cli_models import ModelError, check_split, find_model, require
 from flex_model.cli_start import Cache, check_start, launch, load, started, told
@@ -71,7 +71,7 @@ def induction(
     with told():
         check_start(tp)
         require(["transformers", "safetensors", "accelerate"], install="'flex-model[hf]'")
-        require(["matplotlib"], install="'flex-model[plot]'")
+        require(["pandas", "plotly"], install="'flex-model[plot]'")
         folder = find_model(model, cache)
         ids = _tokens(check_split(folder, tp), batch, length, seed)
         out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _measure(job: Job, tp: int, step: Callable[[str], None]) -> Induction:
 
 
 def _report(console: Console, job: Job, found: Induction) -> None:
-    picture = found.heatmap(job.out / "induction.png")
+    picture = _picture(console, found, job.out)
     scores = found.save_json(job.out / "induction.json")
     console.print(found.table(job.top))
     console.print(
@@ -116,6 +116,14 @@ def _report(console: Console, job: Job, found: Induction) -> None:
         f"without these {len(found.removed)} heads: {found.loss_without.second:.3f}."
     )
     console.print(f"Wrote {picture} and {scores}.")
+
+
+def _picture(console: Console, found: Induction, folder: Path) -> Path:
+    try:
+        return found.save(folder / "induction.png")
+    except FlexModelError as error:
+        console.print(f"No static picture: {error}")
+        return found.save(folder / "induction.html")
 
 
 def _tokens(config: Any, batch: int, length: int, seed: int) -> torch.Tensor:

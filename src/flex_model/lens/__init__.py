@@ -1,5 +1,6 @@
 """Analyses built on the public API only."""
 
+from flex_model.lens.attention import AttentionPatterns, attention_patterns
 from flex_model.lens.direct import DirectLogits, direct_logit_attribution
 from flex_model.lens.induction import (
     CopyLoss,
@@ -14,10 +15,11 @@ from flex_model.lens.induction import (
 )
 from flex_model.lens.logit import LogitLens, Unembedding, logit_lens
 from flex_model.lens.patching import Patching, activation_patching, attribution_patching
-from flex_model.lens.result import Result
+from flex_model.lens.result import Result, save_figure
 from flex_model.lens.steering import SteeringVector, steering_vector
 
 __all__ = [
+    "AttentionPatterns",
     "CopyLoss",
     "DirectLogits",
     "Head",
@@ -28,6 +30,7 @@ __all__ = [
     "SteeringVector",
     "Unembedding",
     "activation_patching",
+    "attention_patterns",
     "attribution_patching",
     "direct_logit_attribution",
     "induction_scores",
@@ -36,6 +39,7 @@ __all__ = [
     "remove_heads",
     "repeated_loss",
     "repeated_tokens",
+    "save_figure",
     "steering_vector",
     "top_heads",
 ]

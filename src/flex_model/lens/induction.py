@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flex_model import FlexModel, FlexModelError, edits
+from flex_model import FlexModel, edits
+from flex_model.lens.attention import per_head
+from flex_model.lens.result import Result, grid, long_table, whole
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
     from rich.table import Table
-
-    from flex_model.core.hook_function import RunMode
 
 __all__ = [
     "CopyLoss",
@@ -36,10 +38,6 @@ __all__ = [
     "repeated_tokens",
     "top_heads",
 ]
-
-# What decoders call their attention modules, and inside them the projection that mixes the heads.
-_ATTENTION = ("self_attn", "attn", "self_attention", "attention")
-_PROJECTION = ("o_proj", "out_proj", "c_proj", "dense")
 
 
 class Head(NamedTuple):
@@ -58,7 +56,7 @@ class CopyLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class Induction:
+class Induction(Result):
     """What ``measure`` found.
 
     ``scores`` (layers, heads) and ``logits`` (B, S, vocabulary) are the unedited model's; ``loss_without`` is
@@ -91,28 +89,21 @@ class Induction:
             table.add_row(str(head.layer), str(head.head), f"{score:.3f}")
         return table
 
-    def heatmap(self, path: str | Path) -> Path:
-        """A picture of all scores, the removed heads outlined."""
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-        from matplotlib.ticker import MaxNLocator
-
-        layers, heads = self.scores.shape
-        size = max(8.0, 1.6 + 0.3 * layers), max(2.5, 1.1 + 0.3 * heads)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(self.scores.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    def to_dataframe(self) -> DataFrame:
+        """layer, head, score, removed."""
+        removed = torch.zeros_like(self.scores, dtype=torch.bool)
         for layer, head in self.removed:
-            corner = layer - 0.5, head - 0.5
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#d1495b", lw=1.5, clip_on=False))
-        axes.set(xlabel="layer", ylabel="head")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator("auto", integer=True))
-        axes.set_title("Attention to the token after the previous occurrence (outlined: removed)", loc="left")
-        axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label="mean attention", pad=0.02)
-        figure.savefig(Path(path), dpi=160)
-        return Path(path)
+            removed[layer, head] = True
+        return long_table(("layer", "head"), score=self.scores, removed=removed)
+
+    def plot(self) -> Figure:
+        """All scores, the removed heads outlined."""
+        title = "Attention to the token after the previous occurrence (outlined: removed)"
+        figure = grid(self.scores.T, title=title, x="layer", y="head", centred=False)
+        for layer, head in self.removed:
+            corners = {"x0": layer - 0.5, "x1": layer + 0.5, "y0": head - 0.5, "y1": head + 0.5}
+            figure.add_shape(type="rect", line={"color": "#d1495b", "width": 2}, **corners)
+        return figure
 
     def save_json(self, path: str | Path) -> Path:
         """Everything but the logits."""
@@ -163,26 +154,21 @@ def top_heads(scores: Tensor, count: int) -> list[tuple[Head, float]]:
 
 
 @contextmanager
-def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]], *, run: RunMode = "every_rank") -> Iterator[None]:
+def remove_heads(fm: FlexModel, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
     """Zero the outputs of (layer, head) pairs while the block runs, where the output projection takes them.
 
     >>> with remove_heads(fm, [(18, 6), (17, 3)]):   # doctest: +SKIP
     ...     fm(ids)
+
+    Raises ComponentError where the model has no such head.
     """
-    projections = [projection for _, projection in _attention_sites(fm)]
-    count = int(fm.config.get_text_config().num_attention_heads)
     by_layer: dict[int, list[int]] = defaultdict(list)
-    for layer, head in heads:
-        if not (0 <= layer < len(projections) and 0 <= head < count):
-            raise FlexModelError(
-                f"there is no head ({layer}, {head}); there are {len(projections)} layers of {count} heads.",
-                page="head-unknown",
-            )
+    for layer, head in dict.fromkeys(heads):
         by_layer[layer].append(head)
+    places = [fm.at("z", layer, head=inside) for layer, inside in by_layer.items()]
     with ExitStack() as stack:
-        for layer, inside in by_layer.items():
-            edit = _without(inside, count)
-            stack.enter_context(fm.edit(projections[layer], edit, hook_type="forward_pre", run=run))
+        for place in places:
+            stack.enter_context(fm.edit(place, edits.zero()))
         yield
 
 
@@ -195,59 +181,25 @@ def measure(
     """
     progress("attention of every layer")
     scores, logits = _observe(fm, ids)
-    whole = fm.full_batch(ids)
+    batch = fm.full_batch(ids)
     heads = tuple(head for head, _ in top_heads(scores, top))
     progress(f"loss without the top {len(heads)} heads")
     with remove_heads(fm, heads):
-        loss_without = repeated_loss(_logits(fm, ids), whole)
-    return Induction(scores, repeated_loss(logits, whole), heads, loss_without, logits.cpu())
+        loss_without = repeated_loss(_logits(fm, ids), batch)
+    return Induction(scores, repeated_loss(logits, batch), heads, loss_without, logits.cpu())
 
 
 def _observe(fm: FlexModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and logits of one forward."""
-    names = [attention for attention, _ in _attention_sites(fm)]
-    with fm.capture(names, unpack_idx=1) as acts:
-        logits = _logits(fm, ids)
-    if not acts and not acts.refused:
-        raise FlexModelError(
-            f"{names[0]!r} returns no attention probabilities; load it with attn_implementation='eager'.",
-            page="attention-unknown",
-        )
+    place = fm.at("pattern")
     back = 1 - ids.shape[1] // 2
-    scores = [acts[name].float().diagonal(back, -2, -1).mean((0, 2)) for name in names]  # type: ignore[union-attr]
-    return torch.stack(scores), logits
+    after_previous = per_head(lambda p: p.diagonal(back, -2, -1).double().mean(-1))
+    with fm.capture(place, select=after_previous) as acts:
+        logits = _logits(fm, ids)
+    return torch.stack([whole(acts, key).mean(0).float() for key in place.keys]), logits
 
 
 @torch.no_grad()
 def _logits(fm: FlexModel, ids: Tensor) -> Tensor:
     logits: Tensor = fm.full_output(fm(ids, use_cache=False)).logits
     return logits
-
-
-def _attention_sites(fm: FlexModel) -> list[tuple[str, str]]:
-    """(attention module, its output projection) of every layer, in the model's order."""
-    names = set(fm.wrapped_module_names)
-    sites = [
-        (name, projection)
-        for name in fm.wrapped_module_names
-        if name.rpartition(".")[2] in _ATTENTION
-        for projection in (f"{name}.{p}" for p in _PROJECTION)
-        if projection in names
-    ]
-    if not sites:
-        raise FlexModelError(
-            f"no attention found; expected modules called {', '.join(_ATTENTION)} "
-            f"that hold one of {', '.join(_PROJECTION)}.",
-            page="attention-unknown",
-        )
-    return sites
-
-
-def _without(heads: list[int], count: int) -> Callable[[Tensor], Tensor]:
-    zero = edits.zero(heads, dim=-2)
-
-    def edit(x: Tensor) -> Tensor:  # (B, S, heads * head_dim)
-        out: Tensor = zero(x.reshape(*x.shape[:-1], count, -1)).flatten(-2)
-        return out
-
-    return edit

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from flex_model.errors import DeliveryError, FlexModelError
@@ -16,7 +19,9 @@ if TYPE_CHECKING:
 
     from flex_model.core.captured import Captured
 
-__all__ = ["Result", "grid", "long_table", "whole"]
+__all__ = ["Result", "grid", "long_table", "save_figure", "whole"]
+
+_STATIC = (".png", ".svg", ".pdf")
 
 
 class Result(ABC):
@@ -28,7 +33,56 @@ class Result(ABC):
 
     @abstractmethod
     def plot(self) -> Figure:
-        """A plotly figure; ``figure.write_html(path)`` or ``figure.show()``."""
+        """A plotly figure; ``figure.show()``."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture; see ``save_figure``.
+
+        >>> found.save("found.png")                                                 # doctest: +SKIP
+        """
+        return save_figure(self.plot(), path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as ``.html``, ``.png``, ``.svg`` or ``.pdf``, by the suffix of ``path``.
+
+    >>> save_figure(found.plot("entropy"), "entropy.png")                           # doctest: +SKIP
+
+    All ranks may call it; the lowest writes. Static pictures are drawn by kaleido in a Chromium: about 3 s each. Raises
+    FlexModelError where one of them is missing.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".html", *_STATIC):
+        raise FlexModelError(
+            f"expected a path that ends in .html, {', '.join(_STATIC)}, got {path.name!r}.", page="bad-argument"
+        )
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return path
+    if suffix == ".html":
+        figure.write_html(path)
+        return path
+    if find_spec("kaleido") is None:
+        raise FlexModelError(
+            f"a {suffix} needs kaleido; install flex-model[plot], or save as .html.", page="not-installed"
+        )
+    try:
+        figure.write_image(path, scale=2, **_size(figure))
+    except RuntimeError as error:  # plotly's for a browser that is not found, kaleido's for one that does not start
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FlexModelError(
+            f"a {suffix} needs Chromium or Chrome ({why.rstrip('.')}); install it (apt-get install chromium, or "
+            f"plotly_get_chrome), or save as .html.",
+            page="not-installed",
+        ) from error
+    return path
+
+
+def _size(figure: Figure) -> dict[str, int]:
+    """Of a static picture, in pixels: a heatmap grows with its cells."""
+    cells = getattr(figure.data[0], "z", None) if figure.data else None
+    rows, columns = (0, 0) if cells is None or not len(cells) else (len(cells), len(cells[0]))
+    return {"width": min(2400, max(700, 200 + 18 * columns)), "height": min(2400, max(450, 180 + 18 * rows))}
 
 
 def whole(acts: Captured, key: str) -> Tensor:
