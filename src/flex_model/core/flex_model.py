@@ -445,7 +445,8 @@ class FlexModel(nn.Module):
         >>> unembed = fm.whole_module("lm_head")                     # doctest: +SKIP
         >>> logits = unembed(acts["model.norm"])                     # doctest: +SKIP
 
-        Raises EngineError under engines whose modules are parts (Megatron-core, fairscale) and in pipelines.
+        Of a pipeline it is sent from the stage that has it. Raises EngineError under engines whose modules are parts
+        (Megatron-core, fairscale), and of modules that several stages share.
         """
         return whole_module(self._runtime, name)
 

@@ -97,19 +97,68 @@ def full_parameter(runtime: Runtime, name: str) -> Tensor:
     return found
 
 
-_SIMPLE = {"DDP", "replicate", "FSDP1", "FSDP2", "DTensor", "transformers", "accelerate", "PEFT", "experts"}
+_SIMPLE = {
+    "DDP",
+    "replicate",
+    "FSDP1",
+    "FSDP2",
+    "DTensor",
+    "transformers",
+    "accelerate",
+    "PEFT",
+    "experts",
+    "pipelining",
+}
 
 
 def whole_module(runtime: Runtime, name: str) -> nn.Module:
     """A copy of a module with whole parameters, without hooks and engines, on every rank. Collective."""
     clean = runtime.names.clean(name, of="module")
+    holder = runtime.names.stages.holder(clean, "out")
+    if holder is None:
+        return _whole_here(runtime, clean)
+    found = _sent(runtime, clean) if runtime.names.module_of(clean, "out") is not None else None
+    found = from_stage(runtime, holder.coordinate, found)
+    if isinstance(found, Exception):
+        raise found
+    return _filled(*found)
+
+
+def _sent(runtime: Runtime, clean: str) -> tuple[nn.Module, dict[str, Tensor]] | EngineError:
+    """What goes to other stages: the code as a module without numbers, and its parameters and buffers."""
+    having = [t for t in runtime.names.stages.tables if t.modules.get(clean, "Identity") != "Identity"]
+    if len(having) > 1:
+        return EngineError(f"{clean!r} cannot be had whole: several stages of the pipeline have parts of it.")
+    try:
+        plain = _whole_here(runtime, clean)
+    except EngineError as error:
+        return error
+    state = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))
+    code = copied(plain, {id(t): t.detach().to("meta") for t in state.values()})
+    return code, {name: t.detach() for name, t in state.items()}
+
+
+def _filled(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    for name, tensor in state.items():
+        where, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(where)
+        if attribute in owner._buffers:
+            owner._buffers[attribute] = tensor
+        else:
+            owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+    return module.eval()
+
+
+def _whole_here(runtime: Runtime, clean: str) -> nn.Module:
+    """The same of a module that this rank's stage has; on all ranks of the stage."""
     others = sorted(set(runtime.engines.names) - _SIMPLE)
     module = runtime.names.module_of(clean, "out")
+    assert module is not None
     spread = any(e.other_lines for e in runtime.engines.found)
-    if module is not None and spread and any(n.endswith("experts") for n, _ in module.named_modules()):
+    if spread and any(n.endswith("experts") for n, _ in module.named_modules()):
         others.append("expert parallelism")
-    if others or module is None or runtime.whole.stage_axis is not None:
-        why = f"modules under {', '.join(others)} are parts" if others else "not every stage of the pipeline has it"
+    if others:
+        why = f"modules under {', '.join(others)} are parts"
         raise EngineError(f"{clean!r} cannot be had whole: {why}; do its work in a hook on it.")
     prefix = f"{clean}." if clean else ""
     shown = [prefix + runtime.names.strip(n) for n, _ in module.named_parameters(remove_duplicate=False)]
@@ -119,7 +168,7 @@ def whole_module(runtime: Runtime, name: str) -> nn.Module:
     full = {}
     for path in dict.fromkeys([*(n for n in runtime.names.parameters if n.startswith(prefix)), *shown]):
         if (of := runtime.names.clean(path, of="parameter")) in runtime.names.parameters:
-            full[path.removeprefix(prefix)] = full_parameter(runtime, of)
+            full[path.removeprefix(prefix)] = runtime.engines.full_parameter(*runtime.names.parameters[of])
             owner, attribute = runtime.names.parameters[of]
             known[id(owner.__dict__.get(attribute))] = None  # FSDP1's view of its flat parameter
     known.pop(id(None), None)

@@ -17,6 +17,8 @@ from flex_model.lens.logit import LogitLens, Unembedding, logit_lens
 from flex_model.lens.patching import Patching, activation_patching, attribution_patching
 from flex_model.lens.result import Result, save_figure
 from flex_model.lens.steering import SteeringVector, steering_vector
+from flex_model.lens.tuned import TunedLens
+from flex_model.lens.tuned_fit import LensTraining
 
 __all__ = [
     "AttentionPatterns",
@@ -24,10 +26,12 @@ __all__ = [
     "DirectLogits",
     "Head",
     "Induction",
+    "LensTraining",
     "LogitLens",
     "Patching",
     "Result",
     "SteeringVector",
+    "TunedLens",
     "Unembedding",
     "activation_patching",
     "attention_patterns",

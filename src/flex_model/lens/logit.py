@@ -6,7 +6,7 @@ The residual stream after every layer goes through the model's own last norm and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,6 @@ class Unembedding:
             )
 
 
-@torch.no_grad()
 def logit_lens(fm: FlexModel, *args: Any, layers: Sequence[int] | None = None, **inputs: Any) -> LogitLens:
     """The logit lens of one batch; the arguments are the model's.
 
@@ -91,8 +90,21 @@ def logit_lens(fm: FlexModel, *args: Any, layers: Sequence[int] | None = None, *
     Collective; every rank gets all of it. ``layers`` leaves some out; the last is always there. Raises ComponentError
     on models whose layers, last norm or unembedding are not found.
     """
+    return read_layers(fm, args, inputs, layers, lambda layer, residual: residual)
+
+
+@torch.no_grad()
+def read_layers(
+    fm: FlexModel,
+    args: Sequence[Any],
+    inputs: Mapping[str, Any],
+    layers: Sequence[int] | None,
+    translate: Callable[[int, Tensor], Tensor],
+) -> LogitLens:
+    """The lens that unembeds ``translate(layer, residual)``; the last layer's residual is taken as it is."""
     every = fm.at("resid_post")
     chosen = every if layers is None else fm.at("resid_post", [*layers, -1])
+    numbers = [every.keys.index(key) for key in chosen.keys]
     unembed = Unembedding(fm)
     with fm.capture(chosen) as acts:
         output = fm.full_output(fm(*args, **inputs))
@@ -100,15 +112,23 @@ def logit_lens(fm: FlexModel, *args: Any, layers: Sequence[int] | None = None, *
     residuals = [whole(acts, key) for key in chosen.keys]
     unembed.check(residuals[-1], logits)
     final = logits.float().to(unembed.device).log_softmax(-1)
-    found = [_of_layer(unembed, residual, final) for residual in residuals]
+    last = len(every.keys) - 1
+    found = []
+    for layer, residual in zip(numbers, residuals, strict=True):
+        residual = residual.to(unembed.device)
+        logs = unembed(residual if layer == last else translate(layer, residual)).log_softmax(-1)
+        found.append(_of_layer(logs, final))
     given = inputs.get("input_ids", args[0] if args else None)
     tokens = fm.full_batch(given).cpu() if isinstance(given, Tensor) else torch.zeros(final.shape[:2], dtype=torch.long)
     top, probability, divergence = (torch.stack(x).cpu() for x in zip(*found, strict=True))
     return LogitLens(top, probability, divergence, tokens)
 
 
-def _of_layer(unembed: Unembedding, residual: Tensor, final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logs = unembed(residual).log_softmax(-1)
+def _of_layer(logs: Tensor, final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     best, top = logs.max(-1)
-    divergence = nn.functional.kl_div(logs, final, log_target=True, reduction="none").sum(-1)
-    return top, best.exp(), divergence.clamp_min(0)
+    return top, best.exp(), divergence(final, logs).clamp_min(0)
+
+
+def divergence(model: Tensor, layer: Tensor) -> Tensor:
+    """KL(model | layer) of log probabilities over the last dim, in nats."""
+    return nn.functional.kl_div(layer, model, log_target=True, reduction="none").sum(-1)

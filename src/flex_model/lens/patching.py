@@ -7,8 +7,7 @@ patching estimates all of it from one gradient: Nanda, "Attribution Patching" (2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from flex_model import FlexModel, FlexModelError, edits
 from flex_model.components.heads import Heads
+from flex_model.lens.progress import progress_bar
 from flex_model.lens.result import Result, grid, long_table, whole
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def activation_patching(
     with torch.no_grad():
         base = _metric(fm, corrupted, metric)
     effect = torch.zeros(len(places.keys), width, dtype=torch.float64)
-    with _steps(effect.numel(), "patching", progress) as step, torch.no_grad():
+    with progress_bar(effect.numel(), "patching", progress) as step, torch.no_grad():
         for row, key in enumerate(places.keys):
             for column in range(width):
                 where, values = _patch(fm, component, over, acts, key, row, column)
@@ -159,22 +159,3 @@ def _logits(fm: FlexModel, inputs: Inputs) -> Tensor:
 
 def _metric(fm: FlexModel, inputs: Inputs, metric: Metric) -> Tensor:
     return metric(_logits(fm, inputs)).detach().double().cpu()
-
-
-@contextmanager
-def _steps(total: int, what: str, progress: bool | None) -> Iterator[Callable[[], object]]:
-    """A progress bar on one rank's terminal, if there is one and the work is long; ``progress`` decides otherwise."""
-    import sys
-
-    import torch.distributed as dist
-
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if not first or not (progress if progress is not None else total > 20 and sys.stderr.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
