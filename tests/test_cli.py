@@ -14,8 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from flex_model import cli_models
 from flex_model.cli import app
+from flex_model.cli import models as cli_models
 from flex_model.lens import repeated_tokens
 
 SCRIPT = str(Path(sys.executable).with_name("flex-model"))

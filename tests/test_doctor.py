@@ -16,10 +16,11 @@ import torch
 from typer.testing import CliRunner
 from worlds import run_world
 
-from flex_model import FlexModel, cli_doctor
+from flex_model import FlexModel
 from flex_model.check.doctor import examine_model, examine_processes
 from flex_model.check.report import Report
 from flex_model.cli import app
+from flex_model.cli import doctor as cli_doctor
 
 SCRIPT = str(Path(sys.executable).with_name("flex-model"))
 

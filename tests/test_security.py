@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 import flex_model
 from flex_model import FlexModel
-from flex_model.cli_models import ModelError, check_split, find_model
-from flex_model.cli_processes import start
+from flex_model.cli.models import ModelError, find_model
+from flex_model.cli.processes import start
+from flex_model.cli.spread import Spread
 
 SOURCE = Path(flex_model.__file__).parent
 PAGE = SOURCE.parent.parent / "docs" / "security.md"
@@ -79,10 +80,10 @@ def test_no_code_comes_with_a_model() -> None:
         if called.endswith(".from_pretrained"):
             assert any(k.arg is None for k in node.keywords), f"{file}: pass **SAFE"
         assert not any(k.arg == "shell" for k in node.keywords), file
-    from flex_model.cli_models import SAFE
+    from flex_model.cli.models import SAFE
 
     assert SAFE == {"trust_remote_code": False}
-    assert '"use_safetensors": True' in (SOURCE / "cli_start.py").read_text()
+    assert '"use_safetensors": True' in (SOURCE / "cli/spread.py").read_text()
 
 
 def _imported(tree: ast.Module) -> set[str]:
@@ -94,7 +95,7 @@ def _imported(tree: ast.Module) -> set[str]:
 
 def test_nothing_is_served() -> None:
     able = {f for f, tree in TREES.items() if {"socket", "socketserver", "http.server", "asyncio"} & _imported(tree)}
-    assert able == {"check/pause.py", "check/doctor.py", "cli_processes.py"}
+    assert able == {"check/pause.py", "check/doctor.py", "cli/processes.py"}
     served = [(f, c) for f, c, _ in _calls() if c.rpartition(".")[2] in SERVERS and f in able]
     assert served == [("check/pause.py", "socket.create_server")]
     assert not [f for f, c, _ in _calls() if c.rpartition(".")[2] == "TCPStore"]
@@ -156,7 +157,7 @@ def test_an_index_that_is_none(tmp_path: Path, content: str) -> None:
 
 
 def test_a_gguf_is_converted_inside_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex_model.cli_models, "_convert", lambda gguf, target: target.mkdir())
+    monkeypatch.setattr(flex_model.cli.models, "_convert", lambda gguf, target: target.mkdir())
     folder, cache = tmp_path / "models", tmp_path / "cache"
     folder.mkdir()
     for name in ("...gguf", "..%2f..gguf", "-rf.gguf", ".gguf.gguf"):
@@ -170,7 +171,7 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="cannot read its config"):
-        check_split(tmp_path, 1)
+        Spread().check(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

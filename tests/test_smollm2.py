@@ -23,7 +23,7 @@ FIRST, SECOND = 13.12, 1.97
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    from flex_model.cli_models import find_model
+    from flex_model.cli.models import find_model
 
     return find_model("smollm2", Path(__file__).parents[1] / ".models")
 

@@ -262,7 +262,7 @@ def test_an_interrupted_run_goes_on(before: int, after: int, tmp_path: Path) -> 
 def _explodes(made: Any, mine: Callable[[Batch], Batch]) -> tuple[str, list[float]]:
     """A token whose embedding is not finite is in the third batch, on one rank."""
     with torch.no_grad():
-        made.get_parameter([n for n, _ in made.named_parameters() if "embed_tokens" in n][0])[65] = torch.nan
+        made.get_parameter(next(n for n, _ in made.named_parameters() if "embed_tokens" in n))[65] = torch.nan
     lens = TunedLens(FlexModel(made))
     given = [mine(b) for b in batches()]
     bad = batches()[2]

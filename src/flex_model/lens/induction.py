@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -60,18 +61,23 @@ class Induction(Result):
     """What ``measure`` found.
 
     ``scores`` (layers, heads) and ``logits`` (B, S, vocabulary) are the unedited model's; ``loss_without`` is
-    the loss without the ``removed`` heads.
+    the loss without the ``removed`` heads, ``loss_without_random`` without as many drawn from the others.
     """
 
     scores: Tensor
     loss: CopyLoss
     removed: tuple[Head, ...]
     loss_without: CopyLoss
+    random: tuple[Head, ...]
+    loss_without_random: CopyLoss
     logits: Tensor = field(repr=False)
 
     def difference(self, other: Induction) -> dict[str, float]:
         """The largest absolute difference from another run of the same measurement, by kind of result."""
-        mine, theirs = ([*asdict(x.loss).values(), *asdict(x.loss_without).values()] for x in (self, other))
+        mine, theirs = (
+            [v for loss in (x.loss, x.loss_without, x.loss_without_random) for v in asdict(loss).values()]
+            for x in (self, other)
+        )
         return {
             "scores": float((self.scores - other.scores).abs().max()),
             "losses": max(abs(a - b) for a, b in zip(mine, theirs, strict=True)),
@@ -111,6 +117,8 @@ class Induction(Result):
             "loss": asdict(self.loss),
             "removed": [head._asdict() for head in self.removed],
             "loss_without": asdict(self.loss_without),
+            "random": [head._asdict() for head in self.random],
+            "loss_without_random": asdict(self.loss_without_random),
             "scores": self.scores.tolist(),
         }
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
@@ -177,16 +185,21 @@ def measure(
 ) -> Induction:
     """Score every head on repeated tokens, then remove the ``top`` best and see what that does to the loss.
 
-    ``progress`` is told each step before it starts. Collective; the result is whole on every rank.
+    As many of the other heads, drawn at random, are removed for comparison. ``progress`` is told each step before it
+    starts. Collective; the result is whole on every rank.
     """
     progress("attention of every layer")
     scores, logits = _observe(fm, ids)
     batch = fm.full_batch(ids)
     heads = tuple(head for head, _ in top_heads(scores, top))
-    progress(f"loss without the top {len(heads)} heads")
-    with remove_heads(fm, heads):
-        loss_without = repeated_loss(_logits(fm, ids), batch)
-    return Induction(scores, repeated_loss(logits, batch), heads, loss_without, logits.cpu())
+    others = [head for head, _ in top_heads(scores, scores.numel())[len(heads) :]]
+    random = tuple(Random(0).sample(sorted(others), min(len(heads), len(others))))
+    losses = []
+    for removed in (heads, random):
+        progress(f"loss without {len(removed)} heads")
+        with remove_heads(fm, removed):
+            losses.append(repeated_loss(_logits(fm, ids), batch))
+    return Induction(scores, repeated_loss(logits, batch), heads, losses[0], random, losses[1], logits.cpu())
 
 
 def _observe(fm: FlexModel, ids: Tensor) -> tuple[Tensor, Tensor]:

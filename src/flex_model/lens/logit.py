@@ -47,7 +47,7 @@ class LogitLens(Result):
         """
         labels = [decode(int(t)) for t in self.tokens[sample]]
         text = [[decode(int(t)) for t in row] for row in self.top[:, sample]]
-        title = "Logit lens: divergence of the model's prediction from each layer's (nats)"
+        title = "Divergence of the model's prediction from each layer's (nats)"
         values = self.divergence[:, sample]
         return grid(values, title=title, x="position", y="layer", labels=labels, text=text, centred=False)
 

@@ -20,8 +20,9 @@ from flex_model import FlexModel
 from flex_model.check.doctor import examine_model, examine_processes, versions
 from flex_model.check.report import Report
 from flex_model.check.table import show
-from flex_model.cli_models import check_split, find_model, require
-from flex_model.cli_start import Cache, check_start, launch, load, started, told
+from flex_model.cli.models import find_model, require
+from flex_model.cli.spread import Spread, Tp
+from flex_model.cli.start import Cache, launch, started, told
 
 __all__ = ["doctor"]
 
@@ -42,7 +43,7 @@ def doctor(
     model: Annotated[
         str, typer.Option(help="A folder of transformers weights, a GGUF, or: smollm2, tiny-llama, tiny-qwen3, toy")
     ] = _TOY,
-    tp: Annotated[int, typer.Option(min=1, help="Processes to split each layer over")] = 1,
+    tp: Tp = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
     sites: Annotated[bool, typer.Option("--sites", help="List the layout of every site as well")] = False,
     cache: Cache = Path(".models"),
@@ -52,12 +53,11 @@ def doctor(
     Weights are run in float64, so that what differs by more than 1e-5 is no rounding.
     """
     with told():
-        check_start(tp)
         folder = None
         if model != _TOY:
             require(["transformers", "safetensors", "accelerate"], install="'flex-model[hf]'")
             folder = find_model(model, cache)
-            check_split(folder, tp)
+            Spread(tp).check(folder)
     visit = Visit(model, folder, tp)
     with told(1):
         found = visited(visit) if tp == 1 or started() else launch(visited, visit, tp)[0]
@@ -90,12 +90,12 @@ def visited(visit: Visit) -> dict[str, Any]:
 
 
 def _loaded(folder: Path, tp: int) -> tuple[nn.Module, dict[str, Any], Callable[[], nn.Module]]:
-    model = load(folder, tp, torch.float64)  # in float32 rounding alone is more than 1e-5 of some gradients
+    model = Spread(tp).load(folder, torch.float64)  # in float32 rounding alone is more than 1e-5 of some gradients
     device = next(model.parameters()).device
     vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     ids = torch.randint(0, vocabulary, (2, 12), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids.to(device), "use_cache": False}
-    return model, inputs, lambda: load(folder, 1, torch.float64).to(device)
+    return model, inputs, lambda: Spread().load(folder, torch.float64).to(device)
 
 
 class _Block(nn.Module):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import string
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from flex_model.errors import FlexModelError
 
-__all__ = ["SAFE", "ModelError", "check_split", "find_model", "require"]
+__all__ = ["SAFE", "ModelError", "find_model", "require"]
 
 SAFE: dict[str, Any] = {"trust_remote_code": False}  # no code that comes with a model is run, and nobody is asked
 
@@ -72,32 +72,6 @@ def _check_inside(folder: Path) -> None:
             )
 
 
-def check_split(folder: Path, tp: int) -> Any:
-    """The model's configuration, if ``tp`` processes can each take the same number of its attention heads."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, **SAFE).get_text_config()
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"--model {folder}: transformers cannot read its config.json: {reason}") from error
-    heads = getattr(config, "num_attention_heads", 0)
-    if not heads:
-        raise ModelError(
-            f"--model {folder}: a {config.model_type} model has no attention heads.", page="split-impossible"
-        )
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    common = gcd(heads, groups)
-    if common % tp:
-        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        raise ModelError(
-            f"--tp {tp} does not divide the model's {heads} attention heads and {groups} key-value heads; "
-            f"these do: {fitting}.",
-            page="split-impossible",
-        )
-    return config
-
-
 # Families that can be split, and what they need beside the sizes that all have.
 _FAMILIES: dict[str, dict[str, int]] = {
     "llama": {},
@@ -106,6 +80,7 @@ _FAMILIES: dict[str, dict[str, int]] = {
     "qwen3": {"head_dim": 8},
     "qwen3_moe": {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
 }
+_CHARACTERS = string.ascii_letters + string.digits + " ."  # the vocabulary, a character a token
 _SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 64,
@@ -119,8 +94,15 @@ def _tiny(family: str, target: Path) -> Path:
         raise ModelError(f"--model tiny-{family}: there is no such tiny model; there are {known}.")
 
     def make(folder: Path) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from tokenizers import Regex, Tokenizer
+        from tokenizers.decoders import Fuse
+        from tokenizers.models import WordLevel
+        from tokenizers.pre_tokenizers import Split
+        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+        letters = Tokenizer(WordLevel({c: i for i, c in enumerate(_CHARACTERS)}, unk_token="."))
+        letters.pre_tokenizer, letters.decoder = Split(Regex("."), "isolated"), Fuse()
+        PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
         config = AutoConfig.for_model(family, **_SIZES, **_FAMILIES[family])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
