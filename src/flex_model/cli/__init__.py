@@ -12,16 +12,12 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"flex-model needs {missing.name}; run: pip install 'flex-model[cli]'") from missing
 
-from flex_model.cli.doctor import doctor
-from flex_model.cli.induction import induction
-from flex_model.cli.lens import lens
-from flex_model.cli.patch import patch
-from flex_model.cli.steer import steer
+from flex_model.cli import doctor, induction, lens, patch, steer
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (induction, lens, patch, steer, doctor):
+for command in (induction.induction, lens.lens, patch.patch, steer.steer, doctor.doctor):
     app.command()(command)
 
 
