@@ -39,7 +39,9 @@ def tokens(*texts: str) -> dict:
 
 # %%
 layer = model.config.num_hidden_layers // 2
-found = steering_vector(fm, tokens("I love this", "I adore this"), tokens("I hate this", "I loathe this"), layer=layer)
+kind = tokens("I love this", "I like this")
+unkind = tokens("I hate this", "I fear this")
+found = steering_vector(fm, kind, unkind, layer=layer)
 say(f"layer {layer}, norm {found.vector.norm():.3f}, kinds apart by {found.separation[0] - found.separation[1]:.2f}")
 
 # %% [markdown]
@@ -55,6 +57,6 @@ def generate() -> str:
 
 
 say("as it is:", generate())
-for scale in (-4.0, 4.0):
+for scale in (-2.0, 2.0):
     with fm.edit(fm.at("resid_post", layer), found.edit(scale)):
         say(f"steered by {scale:+.0f}:", generate())

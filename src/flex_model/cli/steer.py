@@ -20,6 +20,9 @@ from flex_model.lens import steering_vector
 
 __all__ = ["steer"]
 
+_TOWARD = ["I love this", "I adore it", "This is wonderful"]
+_AWAY = ["I hate this", "I loathe it", "This is terrible"]
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -41,10 +44,10 @@ def steer(
     model: Model,
     out: Out,
     prompt: Annotated[str, typer.Option(help="What the model goes on from")] = "I went to the wedding, and",
-    toward: Annotated[list[str], typer.Option(help="A text of the kind wanted; repeat for several")] = ["Love"],  # noqa: B006
-    away: Annotated[list[str], typer.Option(help="A text of the other kind; repeat for several")] = ["Hate"],  # noqa: B006
+    toward: Annotated[list[str], typer.Option(help="A text of the kind wanted; repeat for several")] = _TOWARD,
+    away: Annotated[list[str], typer.Option(help="A text of the other kind; repeat for several")] = _AWAY,
     layer: Annotated[int | None, typer.Option(help="Whose output is steered; default: the middle one")] = None,
-    scale: Annotated[float, typer.Option(help="How many times the difference is added")] = 4.0,
+    scale: Annotated[float, typer.Option(help="How many times the difference is added")] = 2.0,
     tokens: Annotated[int, typer.Option(min=1, help="How many to generate")] = 30,
     tp: Tp = 1,
     fsdp: Fsdp = 1,
