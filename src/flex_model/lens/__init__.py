@@ -2,6 +2,7 @@
 
 from flex_model.lens.attention import AttentionPatterns, attention_patterns
 from flex_model.lens.direct import DirectLogits, direct_logit_attribution
+from flex_model.lens.edges import EdgeAttribution, edge_attribution
 from flex_model.lens.induction import (
     CopyLoss,
     Head,
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionPatterns",
     "CopyLoss",
     "DirectLogits",
+    "EdgeAttribution",
     "Head",
     "Induction",
     "LensTraining",
@@ -37,6 +39,7 @@ __all__ = [
     "attention_patterns",
     "attribution_patching",
     "direct_logit_attribution",
+    "edge_attribution",
     "induction_scores",
     "logit_lens",
     "measure",

@@ -78,16 +78,16 @@ def activation_patching(
     """
     places, width = _cells(fm, component, over, clean, corrupted)
     with torch.no_grad(), fm.capture(fm.at(component), deliver="all" if over == "head" else "local") as acts:
-        before = _metric(fm, clean, metric)
+        before = metric_of(fm, clean, metric)
     with torch.no_grad():
-        base = _metric(fm, corrupted, metric)
+        base = metric_of(fm, corrupted, metric)
     effect = torch.zeros(len(places.keys), width, dtype=torch.float64)
     with progress_bar(effect.numel(), "patching", progress) as step, torch.no_grad():
         for row, key in enumerate(places.keys):
             for column in range(width):
                 where, values = _patch(fm, component, over, acts, key, row, column)
                 with fm.edit(where, values):
-                    effect[row, column] = _metric(fm, corrupted, metric) - base
+                    effect[row, column] = metric_of(fm, corrupted, metric) - base
                 step()
     return Patching(effect, float(before), float(base), component, over)
 
@@ -108,9 +108,9 @@ def attribution_patching(
     """
     places, _ = _cells(fm, component, over, clean, corrupted)
     with torch.no_grad(), fm.capture(places) as good:
-        before = _metric(fm, clean, metric)
+        before = metric_of(fm, clean, metric)
     with fm.capture(places, grad=True) as bad:
-        base = metric(_logits(fm, corrupted))
+        base = metric(logits_of(fm, corrupted))
         base.backward()
     rows = []
     for key in places.keys:
@@ -125,17 +125,10 @@ def _cells(fm: FlexModel, component: str, over: Over, clean: Inputs, corrupted: 
     """The places, and how many positions or heads there are."""
     if over not in ("position", "head"):
         raise FlexModelError(f"over={over!r} is unknown; expected 'position' or 'head'.", page="bad-argument")
-    ids, others = (x.get("input_ids", x.get("inputs_embeds")) for x in (clean, corrupted))
-    if ids is None or others is None or ids.shape[:2] != others.shape[:2]:
-        shapes = [None if t is None else tuple(t.shape) for t in (ids, others)]
-        raise FlexModelError(
-            f"clean and corrupted inputs need input_ids of one shape, got {shapes[0]} and {shapes[1]}; "
-            f"pad the prompts to the same length.",
-            page="bad-argument",
-        )
+    length = length_of(clean, corrupted)
     places = fm.at(component)
     if over == "position":
-        return places, int(ids.shape[1])
+        return places, length
     selection = places.spots[0].select
     if not isinstance(selection, Heads) or component == "pattern":
         raise FlexModelError(
@@ -145,17 +138,30 @@ def _cells(fm: FlexModel, component: str, over: Over, clean: Inputs, corrupted: 
     return places, selection.count
 
 
+def length_of(clean: Inputs, corrupted: Inputs) -> int:
+    """How long the token ids are, which must have one shape."""
+    ids, others = (x.get("input_ids", x.get("inputs_embeds")) for x in (clean, corrupted))
+    if ids is None or others is None or ids.shape[:2] != others.shape[:2]:
+        shapes = [None if t is None else tuple(t.shape) for t in (ids, others)]
+        raise FlexModelError(
+            f"clean and corrupted inputs need input_ids of one shape, got {shapes[0]} and {shapes[1]}; "
+            f"pad the prompts to the same length.",
+            page="bad-argument",
+        )
+    return int(ids.shape[1])
+
+
 def _patch(fm: FlexModel, component: str, over: Over, acts: Any, key: str, row: int, column: int) -> tuple[Any, Any]:
     if over == "position":
         return fm.at(component, row), edits.patch(acts.ref(key), positions=[column])
     return fm.at(component, row, head=column), edits.patch(whole(acts, key)[:, :, column])
 
 
-def _logits(fm: FlexModel, inputs: Inputs) -> Tensor:
+def logits_of(fm: FlexModel, inputs: Inputs) -> Tensor:
     output = fm.full_output(fm(**inputs))
     logits: Tensor = output.logits if hasattr(output, "logits") else output
     return logits
 
 
-def _metric(fm: FlexModel, inputs: Inputs, metric: Metric) -> Tensor:
-    return metric(_logits(fm, inputs)).detach().double().cpu()
+def metric_of(fm: FlexModel, inputs: Inputs, metric: Metric) -> Tensor:
+    return metric(logits_of(fm, inputs)).detach().double().cpu()

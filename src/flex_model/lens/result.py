@@ -48,8 +48,8 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
     >>> save_figure(found.plot("entropy"), "entropy.png")                           # doctest: +SKIP
 
-    All ranks may call it; the lowest writes. Static pictures are drawn by kaleido in a Chromium: about 3 s each. Raises
-    FlexModelError where one of them is missing.
+    All ranks may call it; the lowest writes. Static pictures are drawn by kaleido in a Chromium, which takes seconds.
+    Raises FlexModelError where one of them is missing.
     """
     path = Path(path)
     suffix = path.suffix.lower()
