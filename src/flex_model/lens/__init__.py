@@ -14,6 +14,7 @@ from flex_model.lens.induction import (
 )
 from flex_model.lens.logit import LogitLens, Unembedding, logit_lens
 from flex_model.lens.patching import Patching, activation_patching, attribution_patching
+from flex_model.lens.probe import Probe, ProbeSweep, train_probe, train_probes
 from flex_model.lens.result import Result
 from flex_model.lens.steering import SteeringVector, steering_vector
 
@@ -24,6 +25,8 @@ __all__ = [
     "Induction",
     "LogitLens",
     "Patching",
+    "Probe",
+    "ProbeSweep",
     "Result",
     "SteeringVector",
     "Unembedding",
@@ -38,4 +41,6 @@ __all__ = [
     "repeated_tokens",
     "steering_vector",
     "top_heads",
+    "train_probe",
+    "train_probes",
 ]
