@@ -10,10 +10,11 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import relative_error
+from oracle import leaves, relative_error
 from test_lens import placed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import run_world
 
 from flex_model import FlexModel, FlexModelError, edits
@@ -304,6 +305,36 @@ def test_the_same_under_every_engine(engine: str, path: str, alone: dict[str, li
             error = relative_error(torch.tensor(found[name][0]), torch.tensor(weights))
             assert error < 1e-5, f"{name} is off by {error:.1e}"
             assert relative_error(torch.tensor(found[name][1]), torch.tensor(scores)) < 1e-5, name
+
+
+class Bytes(TorchDispatchMode):
+    """What goes through collectives, sent and received."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
+            self.moved += sum(t.numel() * t.element_size() for t in leaves(args))
+        return func(*args, **(kwargs or {}))
+
+
+def _moved() -> list[int]:
+    fm = FlexModel(nn.parallel.DistributedDataParallel(models.make("llama")))
+    rank = dist.get_rank()
+    batches = [({"input_ids": x["input_ids"].chunk(2)[rank]}, y.chunk(2)[rank]) for x, y in data(count=1)]
+    found = []
+    for tokens in ("last", "mean"):
+        for _ in range(2):  # layouts are found in the first
+            with Bytes() as run:
+                train_probe(fm, batches, layer=1, tokens=tokens, epochs=1)
+        found.append(run.moved)
+    return found
+
+
+def test_only_the_last_tokens_move() -> None:
+    row = 32 * 4  # float32
+    for last, every in run_world(2, _moved):
+        assert every - last == (ROWS // 2 + ROWS) * (LENGTH + 2 - 1) * row and last < (ROWS // 2 + ROWS) * 2 * row
 
 
 # -- steering --------------------------------------------------------------------------------------------------
