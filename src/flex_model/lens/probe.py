@@ -42,7 +42,7 @@ def train_probe(
     device: str | torch.device = "cpu",
     progress: bool | None = None,
 ) -> Probe:
-    """Train a probe on one component of a frozen model, which is only run, in the mode it is in (call ``eval()`` first).
+    """Train a probe on one component of a frozen model, which is only run; call ``fm.eval()`` first.
 
     >>> probe = train_probe(fm, [(inputs, labels)], layer=6, test=[(others, theirs)])          # doctest: +SKIP
     >>> probe.accuracy, probe.plot(), probe(acts[fm.at("resid_post", 6)][:, -1])               # doctest: +SKIP
