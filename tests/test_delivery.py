@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from oracle import relative_error
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -221,3 +222,26 @@ def _read_only(engine: str) -> list[str]:
 @pytest.mark.parametrize("engine", [e for e in engines.TWO_RANKS if e != "tp_local_head"])
 def test_reading_changes_no_bit(engine: str) -> None:
     assert run_world(2, _read_only, engine) == [[]] * 2
+
+
+def _by_run(engine: str) -> dict[str, list[float]]:
+    placed = engines.place(engine, models.net())
+    fm, mine = FlexModel(placed.model), placed.mine(models.tokens())
+    with torch.no_grad():
+        acts = fm.capture("layers.*.mlp").run(mine)
+        edited = fm.full_output(fm.edit("layers.0.mlp", edits.zero([1])).run(mine))
+    return {name: x.flatten().tolist() for name, x in {**acts, "edited": edited}.items()}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "tp"])
+def test_run_gives_the_whole_of_one_call(engine: str) -> None:
+    plain, edited, expected = models.net(), models.net(), {}
+    for name in ("layers.0.mlp", "layers.1.mlp"):
+        plain.get_submodule(name).register_forward_hook(lambda m, a, o, n=name: expected.update({n: o}))
+    edited.layers[0].mlp.register_forward_hook(lambda m, a, o: o.index_fill(-1, torch.tensor([1]), 0))
+    with torch.no_grad():
+        plain(models.tokens())
+        expected["edited"] = edited(models.tokens())
+    for found in run_world(2, _by_run, engine):
+        assert found.keys() == expected.keys()
+        assert all(relative_error(torch.tensor(v), expected[n].flatten()) < 1e-5 for n, v in found.items())
