@@ -1,4 +1,4 @@
-# README.md, "Any transformer by one set of names"; docstring of FlexModel.edit
+# docstrings of FlexModel.at and FlexModel.edit
 from flex_model import edits
 from given import HEAD, LAYER, ids
 from preamble import fm

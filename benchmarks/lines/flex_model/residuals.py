@@ -1,4 +1,4 @@
-# README.md, "Any transformer by one set of names"; docstring of FlexModel.capture
+# docstrings of FlexModel.at and FlexModel.capture
 from given import ids
 from preamble import fm
 
