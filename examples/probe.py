@@ -15,20 +15,7 @@ from flex_model.lens import train_probes
 
 WORDS = (  # not liked, liked; the last four of each are for the test
     ("awful", "bad", "boring", "dull", "poor", "sad", "weak", "ugly", "terrible", "dreadful", "horrible", "tedious"),
-    (
-        "fine",
-        "good",
-        "great",
-        "nice",
-        "fun",
-        "lovely",
-        "superb",
-        "strong",
-        "wonderful",
-        "excellent",
-        "amazing",
-        "gripping",
-    ),
+    ("fine", "good", "great", "nice", "fun", "lovely", "superb", "warm", "wonderful", "excellent", "amazing", "clever"),
 )
 FRAMES = "I saw it, and found it {}. That film", "The plot was {} and so I", "My friend called it {}, which"
 
