@@ -4,12 +4,14 @@ MODEL: a folder of transformers weights with its tokenizer, a GGUF, ``smollm2`` 
 SPREAD: ``tp`` (the default), over which each layer is split, or ``fsdp``, whose processes take a part of the rows each.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
@@ -36,6 +38,7 @@ def start() -> Job:
     options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
     if world > 1:
         options["distributed_config"] = DistributedConfig(**{f"{spread}_size": world})
+        atexit.register(dist.destroy_process_group)
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 

@@ -322,7 +322,7 @@ NO_CHROMIUM = not any(map(shutil.which, ("chromium", "chromium-browser", "google
 def test_a_result_is_saved_as_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("kaleido")
     found = activation_patching(FlexModel(models.make("llama")), inputs(), inputs(True), metric)
-    png = found.save(tmp_path / "found.png").read_bytes()
+    png = found.save_plot(tmp_path / "found.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
     assert (width, height) == (1400, 900)

@@ -111,6 +111,11 @@ def test_accumulation(engine: str, no_sync: bool) -> None:
     assert run_world(2, _accumulated, engine, no_sync) == [[]] * 2
 
 
+def test_an_engine_on_one_rank() -> None:
+    """Nothing is sharded, and parameters are DTensors all the same."""
+    assert run_world(1, _accumulated, "fsdp2", False) == [[]]
+
+
 def _trained(engine: str, fused: bool) -> list[str]:
     placed, fm = setup(engine)
     model, linear = plain_setup()

@@ -90,7 +90,7 @@ def _edit(runtime: Runtime, point: Point, bound: Bound) -> Hook:
 
     def change(module: nn.Module, args: Any, output: Any) -> Any:
         call = runtime.fast_call
-        if call is None or type(output) is not Tensor or (call.grad_mode and call.checkpointed):
+        if call is None or type(output) is not Tensor or (call.grad_mode and call.checkpointed) or modules.spread:
             return point.on_output(module, args, output)
         version = output._version
         out = alone(output) if alone is not None else edit(module, output, save_ctx, modules, site, None)

@@ -38,9 +38,11 @@ class TrainableModules(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self._aside: dict[int, Tensor] = {}  # gradients by slot
+        self.spread = False  # whether parameters are DTensors outside of edits, be it on one rank
 
     def on_mesh(self, mesh: DeviceMesh) -> None:
         """Make every plain parameter a replicated DTensor on ``mesh``."""
+        self.spread = True
         for owner, name in _slots(self):
             value = owner._parameters[name]
             assert value is not None

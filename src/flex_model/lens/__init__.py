@@ -16,6 +16,7 @@ from flex_model.lens.induction import (
 )
 from flex_model.lens.logit import LogitLens, Unembedding, logit_lens
 from flex_model.lens.patching import Patching, activation_patching, attribution_patching
+from flex_model.lens.probe import Probe, ProbeSweep, train_probe, train_probes
 from flex_model.lens.result import Result, save_figure
 from flex_model.lens.steering import SteeringVector, steering_vector
 from flex_model.lens.tuned import TunedLens
@@ -31,6 +32,8 @@ __all__ = [
     "LensTraining",
     "LogitLens",
     "Patching",
+    "Probe",
+    "ProbeSweep",
     "Result",
     "SteeringVector",
     "TunedLens",
@@ -49,4 +52,6 @@ __all__ = [
     "save_figure",
     "steering_vector",
     "top_heads",
+    "train_probe",
+    "train_probes",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from flex_model.core.captured import Captured
 
-__all__ = ["Result", "grid", "long_table", "save_figure", "whole"]
+__all__ = ["Result", "grid", "lines", "long_table", "save_figure", "whole"]
 
 _STATIC = (".png", ".svg", ".pdf")
 
@@ -35,10 +35,10 @@ class Result(ABC):
     def plot(self) -> Figure:
         """A plotly figure; ``figure.show()``."""
 
-    def save(self, path: str | Path) -> Path:
+    def save_plot(self, path: str | Path) -> Path:
         """Write the picture; see ``save_figure``.
 
-        >>> found.save("found.png")                                                 # doctest: +SKIP
+        >>> found.save_plot("found.png")                                                 # doctest: +SKIP
         """
         return save_figure(self.plot(), path)
 
@@ -130,4 +130,17 @@ def grid(
     figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
     if labels is not None:
         figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=[f"{i} {t}" for i, t in enumerate(labels)])
+    return figure
+
+
+def lines(curves: Mapping[str, tuple[Tensor, Tensor]], *, title: str, x: str, y: str, points: bool = False) -> Figure:
+    """Curves by name, each ``(x, y)``; ``points``: not joined."""
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise FlexModelError("pictures need plotly; install flex-model[plot].", page="not-installed") from None
+
+    mode = "markers" if points else "lines+markers"
+    figure = go.Figure([go.Scatter(x=a.tolist(), y=b.tolist(), name=n, mode=mode) for n, (a, b) in curves.items()])
+    figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
     return figure

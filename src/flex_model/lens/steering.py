@@ -12,6 +12,7 @@ from torch import Tensor
 from flex_model import FlexModel, FlexModelError
 from flex_model.edits import Preset, add
 from flex_model.edits.places import last_columns
+from flex_model.lens.probe_fit import Recipe, fit
 from flex_model.lens.result import Result, grid, long_table, whole
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SteeringVector", "steering_vector"]
 
-Method = Literal["mean", "pca"]
+Method = Literal["mean", "pca", "probe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,12 @@ def steering_vector(
     ...     fm.generate(**prompt)
 
     ``method="mean"``: the difference of the means (Turner et al., "Activation Addition", 2023); ``"pca"``: the first
-    principal component of the differences of paired rows (Zou et al., "Representation Engineering", 2023), as long as
-    the difference of the means. Collective; every rank gets it.
+    principal component of the differences of paired rows (Zou et al., "Representation Engineering", 2023); ``"probe"``:
+    the direction of a linear probe that tells the two apart (see ``train_probe``). Both are as long as the difference
+    of the means. Collective; every rank gets it.
     """
     if method not in get_args(Method):
-        raise FlexModelError(f"method={method!r} is unknown; expected 'mean' or 'pca'.", page="bad-argument")
+        raise FlexModelError(f"method={method!r} is unknown; expected 'mean', 'pca' or 'probe'.", page="bad-argument")
     plus, minus = (_last_tokens(fm, inputs, component, layer) for inputs in (positive, negative))
     vector = plus.mean(0) - minus.mean(0)
     if method == "pca":
@@ -78,6 +80,11 @@ def steering_vector(
             )
         first = torch.linalg.svd(plus - minus, full_matrices=False).Vh[0]
         vector = first * torch.sign(first @ vector) * vector.norm()
+    if method == "probe":
+        labels = torch.cat([torch.ones(len(plus)), torch.zeros(len(minus))]).long()
+        weight = fit(torch.cat([plus, minus]).cpu(), labels, None, Recipe()).weight
+        direction = (weight[1] - weight[0]).to(vector.device)
+        vector = direction / direction.norm().clamp_min(1e-12) * vector.norm()
     unit = vector / vector.norm().clamp_min(1e-12)
     along = [rows @ unit for rows in (plus, minus)]
     spread = torch.cat([a - a.mean() for a in along]).std().clamp_min(1e-12)
