@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import runpy
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +209,70 @@ def test_more_ranks_than_layers(tmp_path: Path) -> None:
         assert error(found, flat(lens)) < 1e-4
 
 
+class Part(nn.Module):
+    """Attention and MLP of a layer, of any kind."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = nn.LayerNorm(width), Mean(width), nn.LayerNorm(width), Mean(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Mean(nn.Linear):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+class Decoder(nn.Module):
+    """The names of a transformer, cut at will: what one stage holds of it, or all."""
+
+    def __init__(self, stage: int = 0, stages: int = 1, layers: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        emb, all_, norm = nn.Embedding(66, 16), [Part(16) for _ in range(layers)], nn.LayerNorm(16)
+        head = nn.Linear(16, 66, bias=False)
+        low, high = stage * layers // stages, (stage + 1) * layers // stages
+        self.embed_tokens = emb if stage == 0 else None
+        self.layers = nn.ModuleDict({str(i): all_[i] for i in range(low, high)})
+        self.norm, self.lm_head = (norm, head) if stage == stages - 1 else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.embed_tokens is None else self.embed_tokens(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return x if self.norm is None else self.lm_head(self.norm(x))
+
+
+def _through_a_schedule() -> tuple[list[float], list[float]]:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    rank, stages = dist.get_rank(), dist.get_world_size()
+    part = Decoder(rank, stages)
+    schedule = ScheduleGPipe(PipelineStage(part, rank, stages, torch.device("cpu")), 2)
+    fm = FlexModel(part)
+    lens = TunedLens(fm)
+
+    def forward(batch: Any) -> Any:
+        return schedule.eval(*([batch["input_ids"]] if rank == 0 else []))
+
+    run = lens.fit(batches(), steps=STEPS, forward=forward)
+    return flat(lens), run.loss.flatten().tolist()
+
+
+def test_a_pipelines_schedule() -> None:
+    lens = TunedLens(FlexModel(Decoder()))
+    run = lens.fit(batches(), steps=STEPS, forward=lambda batch: lens.model(batch["input_ids"]))
+    assert run.loss[:, :3].min() > 1e-2
+    for found, loss in run_world(2, _through_a_schedule):
+        assert error(found, flat(lens)) < 1e-4 and error(loss, run.loss.flatten().tolist()) < 1e-4
+
+
 # -- checkpoints -----------------------------------------------------------------------------------------------
 def breaking(after: int) -> Iterator[Batch]:
     yield from batches()[:after]
@@ -262,7 +331,7 @@ def test_an_interrupted_run_goes_on(before: int, after: int, tmp_path: Path) -> 
 def _explodes(made: Any, mine: Callable[[Batch], Batch]) -> tuple[str, list[float]]:
     """A token whose embedding is not finite is in the third batch, on one rank."""
     with torch.no_grad():
-        made.get_parameter([n for n, _ in made.named_parameters() if "embed_tokens" in n][0])[65] = torch.nan
+        made.get_parameter(next(n for n, _ in made.named_parameters() if "embed_tokens" in n))[65] = torch.nan
     lens = TunedLens(FlexModel(made))
     given = [mine(b) for b in batches()]
     bad = batches()[2]
@@ -539,3 +608,32 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
     assert table["loss"][3] == float(found.loss[1, 1])
     found.plot().write_html(tmp_path / "picture.html")
     assert (tmp_path / "picture.html").stat().st_size > 1000
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tuned_lens.py"
+
+
+def printed(*words: str, port: int = 0) -> str:
+    """What the example prints in this process, as ``python`` or torchrun starts it."""
+    if port:
+        dist.destroy_process_group()  # it makes its own
+        os.environ["MASTER_PORT"] = str(port)
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr("sys.argv", [str(EXAMPLE), *words])
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return out.getvalue()
+
+
+def _printed(port: int, *words: str) -> str:
+    return printed(*words, port=port)
+
+
+def test_the_example_prints_the_same_on_two_processes() -> None:
+    want = printed("--steps", "8")
+    assert len(want.splitlines()) == 6 and "layer 3: logit lens 0.0000, tuned lens 0.0000" in want
+    for words in ((), ("--fsdp2",)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        assert run_world(2, _printed, port, "--steps", "8", *words) == [want, ""]
