@@ -327,6 +327,19 @@ def test_an_interrupted_run_goes_on(before: int, after: int, tmp_path: Path) -> 
         TunedLens(FlexModel(model())).fit(batches(), steps=7, tokens=3, checkpoint=tmp_path)
 
 
+def _folders_differ(folder: Path) -> str:
+    made, mine = placed("ddp", "llama")
+    with pytest.raises(FlexModelError) as caught:
+        own = folder / str(dist.get_rank())
+        TunedLens(FlexModel(made)).fit([mine(b) for b in batches()], steps=STEPS, checkpoint=own)
+    return str(caught.value)
+
+
+def test_a_folder_that_one_rank_does_not_see(tmp_path: Path) -> None:
+    TunedLens(FlexModel(model())).fit(batches(), steps=STEPS, checkpoint=tmp_path / "1")
+    assert all(f"after [0, {STEPS}] steps" in text for text in run_world(2, _folders_differ, tmp_path))
+
+
 # -- what goes wrong -------------------------------------------------------------------------------------------
 def _explodes(made: Any, mine: Callable[[Batch], Batch]) -> tuple[str, list[float]]:
     """A token whose embedding is not finite is in the third batch, on one rank."""
