@@ -81,7 +81,10 @@ def train(folder: Path, steps: int, tokens: int, held_out: int) -> None:
     fm, batches = load(folder, "alone"), corpus(folder, held_out=True)[:held_out]
     lens, start = TunedLens(fm), time.perf_counter()
     lens.fit(corpus(folder, held_out=False), steps=steps, tokens=tokens)
-    print(f"{steps} steps of {tokens} tokens: {time.perf_counter() - start:.0f} s, {torch.get_num_threads()} threads")
+    print(
+        f"{steps} steps of {tokens} tokens: {time.perf_counter() - start:.0f} s, {torch.get_num_threads()} threads",
+        flush=True,
+    )
     with torch.no_grad():
         plain = torch.stack([logit_lens(fm, **b).divergence.mean((1, 2)) for b in batches]).mean(0)
         tuned = torch.stack([lens(**b).divergence.mean((1, 2)) for b in batches]).mean(0)
