@@ -309,6 +309,31 @@ def test_a_whole_module_of_parts_is_refused() -> None:
     assert all("modules under fairscale are parts" in said for said in run_world(2, _refused))
 
 
+def _whole_of_stages(schedule: str) -> tuple[list[float], str]:
+    from pipelines import Pipe
+
+    plain = models.net(layers=4)
+    pipe = Pipe(models.net(layers=4), schedule)
+    run, fm = pipe.schedule(), FlexModel(pipe.module)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for name in ("layers.0.mlp", "layers.3", "norm", "head"):
+        module = fm.whole_module(name)
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+        errors.append(relative_error(module(x), plain.get_submodule(name)(x)))
+    try:
+        fm.whole_module("layers")
+    except EngineError as error:
+        return errors, str(error)
+    return errors, f"nothing, under {run}"
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
+def test_a_whole_module_of_another_stage(schedule: str) -> None:
+    for errors, refused in run_world(2, _whole_of_stages, schedule):
+        assert errors == [0.0] * 4 and "several stages of the pipeline have parts of it" in refused
+
+
 # -- pictures in files -----------------------------------------------------------------------------------------
 def _figure() -> Any:
     go = pytest.importorskip("plotly.graph_objects")
