@@ -34,7 +34,7 @@ Write = Callable[[int, Tensor, Tensor], None]  # the weight and the bias of a tr
 
 
 def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Nesterov momentum with the learning rate 1, which torch's SGD has as 1 - momentum, as the authors have it."""
+    """Nesterov momentum; the rate is 1, less what torch's SGD adds to it by momentum. As in the authors' package."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
 
 
