@@ -41,7 +41,7 @@ class ZigZag(Placement):
 
 def shard_dim(placement: Placement) -> int | None:
     """The dim a placement shards, None for Replicate and Partial."""
-    return placement.dim if _shards(type(placement)) else None  # type: ignore[attr-defined,no-any-return]
+    return placement.dim if _shards(type(placement)) else None  # type: ignore[arg-type,attr-defined,no-any-return]
 
 
 @cache
