@@ -21,7 +21,7 @@ fm, _, _, mine, say, show = start()
 
 # %%
 vocabulary, positions = fm.config.vocab_size, fm.config.max_position_embeddings
-ids = mine(repeated_tokens(2, min(50, positions // 2), low=vocabulary // 98, high=min(15_000, vocabulary)))
+ids = mine(repeated_tokens(2, min(50, positions // 2), low=min(500, vocabulary // 2), high=min(15_000, vocabulary)))
 found = measure(fm, ids, top=5)
 for (layer, head), score in top_heads(found.scores, 5):
     say(f"layer {layer}, head {head}: {score:.3f}")

@@ -38,4 +38,4 @@ for layer in (0, layers // 2, layers - 1):
     position = int(found.restored[layer].argmax())
     token = decode([int(clean["input_ids"][0, position])])
     say(f"layer {layer}: {found.restored[layer, position]:.3f} at position {position} {token!r}")
-show(found.plot())
+show(found.plot(labels=[decode([int(token)]) for token in corrupted["input_ids"][0]]))

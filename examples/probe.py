@@ -10,7 +10,6 @@ import torch
 from loading import start
 from torch import Tensor
 
-from flex_model import edits
 from flex_model.lens import train_probes
 
 fm, tokens, decode, mine, say, show = start()
@@ -56,12 +55,13 @@ for probe in sweep:
 show(sweep.plot())
 
 # %% [markdown]
-# A probe is a direction, which can steer.
+# The best of them, on sentences of its own: above 0 it says that the film was liked.
 
 # %%
 best = sweep.best
-prompt = tokens("I saw it, and found it")
-for scale in (-1.0, 1.0):
-    with fm.edit(fm.at("resid_post", best.layer), edits.add(best.direction, scale=scale)):
-        out = fm.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    say(f"along the direction of layer {best.layer}, {scale:+.0f} times:", repr(decode(out[0])))
+mine_too = tokens("It was a joy from start to end", "It was a waste of my evening")
+with torch.no_grad(), fm.capture(fm.at("resid_post", best.layer)) as acts:
+    fm(**mine_too)
+mask = fm.full_batch(mine_too["attention_mask"])
+values = acts[fm.at("resid_post", best.layer)][torch.arange(2), mask.sum(1) - 1]  # at the last token
+say(f"layer {best.layer}:", [round(float(liked - not_liked), 3) for not_liked, liked in best(values)])
