@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from flex_model import FlexModel, FlexModelError
 from flex_model.lens.logit import LogitLens, Unembedding, divergence, read_layers
-from flex_model.lens.ranks import Ranks
 from flex_model.lens.tokens import chosen_rows, whole_mask
-from flex_model.lens.tuned_files import read_translators, write_lens
-from flex_model.lens.tuned_fit import Forward, LensTraining, MakeOptimizer, Settings, Training, sgd
+from flex_model.lens.tuned.files import read_translators, write_lens
+from flex_model.lens.tuned.fit import Forward, LensTraining, MakeOptimizer, Settings, Training, sgd
+from flex_model.lens.tuned.ranks import Ranks
 
 __all__ = ["TunedLens"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flex_model import FlexModelError
-from flex_model.lens.ranks import Ranks
+from flex_model.lens.tuned.ranks import Ranks
 
 __all__ = ["Checkpoint"]
 
