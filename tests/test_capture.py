@@ -327,3 +327,21 @@ def test_sites_as_keys_of_a_capture():
     assert torch.equal(acts[Site("0", "forward", 1)], x * 2)
     with pytest.raises(KeyError):
         _ = acts["0"]
+
+
+def test_run_is_a_block_of_one_call():
+    fm, expected = FlexModel(net()), oracle()
+    acts = fm.capture("layers.*.mlp").run(tokens())
+    assert list(acts) == MLPS and all(torch.equal(acts[n], expected[n]) for n in MLPS)
+    with fm.edit("layers.0", edits.zero()):
+        plain, within = fm(tokens()), fm.capture("head").run(tokens())["head"]
+    assert torch.equal(fm.edit("layers.0", edits.zero()).run(tokens()), plain) and torch.equal(within, plain)
+    assert not torch.equal(fm(tokens()), plain) and installed(fm.module) == 0
+
+
+def test_run_leaves_nothing_behind_when_the_model_raises():
+    fm = FlexModel(net())
+    for block in (fm.capture("layers.*.mlp"), fm.edit("layers.0", edits.zero())):
+        with pytest.raises((TypeError, AttributeError)):
+            block.run("no tensor")
+        assert installed(fm.module) == 0

@@ -382,3 +382,14 @@ def _saved(folder: Path) -> bool:
 
 def test_the_lowest_rank_writes(tmp_path: Path) -> None:
     assert run_world(2, _saved, tmp_path) == [True, False]
+
+
+def test_token_ids_alone_are_inputs():
+    fm = FlexModel(models.make("llama"))
+    clean, corrupted = inputs()["input_ids"], inputs(True)["input_ids"]
+    for analyse in (activation_patching, attribution_patching):
+        alone = analyse(fm, clean, corrupted, metric).effect
+        assert torch.equal(alone, analyse(fm, {"input_ids": clean}, {"input_ids": corrupted}, metric).effect)
+    keywords = [{"input_ids": x} for x in (clean, corrupted)]
+    found = steering_vector(fm, clean, corrupted, layer=1)
+    assert torch.equal(found.vector, steering_vector(fm, *keywords, layer=1).vector)

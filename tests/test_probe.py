@@ -471,3 +471,11 @@ def _short_on_one_rank() -> str:
 def test_labels_that_one_rank_lacks() -> None:
     """Every rank raises it."""
     assert all("3 labels for 4 rows" in said for said in run_world(2, _short_on_one_rank))
+
+
+def test_token_ids_alone_are_inputs() -> None:
+    fm = FlexModel(models.make("llama"))
+    pairs = [(x["input_ids"], y) for x, y in data()]
+    alone = train_probe(fm, pairs, layer=1, test=pairs[:1])
+    named = train_probe(fm, [({"input_ids": x}, y) for x, y in pairs], layer=1)
+    assert torch.equal(alone.weight, named.weight) and len(alone.predicted) == len(pairs[0][1])

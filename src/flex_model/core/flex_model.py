@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flex_model.components.finder import Finder, Layers
 from flex_model.components.place import Place
+from flex_model.core.around import capturing, editing
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.captured import Captured
 from flex_model.core.groups import ALL
@@ -315,7 +316,7 @@ class FlexModel(nn.Module):
             component, layer, head
         )
 
-    @contextmanager
+    @capturing
     def capture(
         self,
         *patterns: Pattern | Place,
@@ -331,6 +332,9 @@ class FlexModel(nn.Module):
 
         ``grad=True`` also keeps the gradient of each value (``acts.grad(name)``), on frozen models too.
         ``detach=False`` hands out the value with its graph, on its device. All ranks enter and leave the block.
+        A block of one call is ``run`` for short:
+
+        >>> fm.capture(fm.at("resid_post")).run(**inputs).stack()               # doctest: +SKIP
 
         >>> with fm.capture(fm.at("resid_post", 5), stop=True) as acts:         # doctest: +SKIP
         ...     for batch in batches:
@@ -367,7 +371,7 @@ class FlexModel(nn.Module):
             runtime.outbox.discard(bounds)
             runtime.installed.put_on()
 
-    @contextmanager
+    @editing
     def edit(
         self,
         pattern: Pattern | Place,
@@ -378,7 +382,9 @@ class FlexModel(nn.Module):
     ) -> Iterator[list[HookFunction]]:
         """Apply an editing function wherever the pattern matches within the block; takes HookFunction's keywords.
 
-        Once a firing, whatever number of names a module has.
+        Once a firing, whatever number of names a module has. A block of one call is ``run`` for short:
+
+        >>> fm.edit(fm.at("z", 5, head=3), edits.zero()).run(**inputs).logits   # doctest: +SKIP
         """
         runtime = self._runtime
         runtime.look()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from flex_model import FlexModel, FlexModelError
-from flex_model.lens.patching import Inputs, Metric, length_of, logits_of, metric_of
+from flex_model.lens.inputs import Inputs
+from flex_model.lens.patching import Metric, length_of, logits_of, metric_of
 from flex_model.lens.result import Result, grid, long_table
 from flex_model.lens.stream import Layer, Parts, Runs, Stream
 
@@ -76,10 +77,10 @@ def edge_attribution(
     >>> found = edge_attribution(fm, clean, corrupted, difference)                       # doctest: +SKIP
     >>> found.top(20), found.plot()                                                      # doctest: +SKIP
 
-    ``clean`` and ``corrupted`` are the model's keywords, with token ids of one shape; ``metric`` takes the full logits
-    (B, S, V) and returns a number. ``parts="block"``: attention is one part a layer, not one a head; needed where a
-    norm comes between heads and stream (Gemma 2). Two forwards and one backward, whose gradients parameters that
-    require them get; every rank holds what all sources write, (sources, B, S, D). Collective; every rank gets the
+    ``clean`` and ``corrupted`` are token ids of one shape, or the model's keywords with them; ``metric`` takes the full
+    logits (B, S, V) and returns a number. ``parts="block"``: attention is one part a layer, not one a head; needed
+    where a norm comes between heads and stream (Gemma 2). Two forwards and one backward, whose gradients parameters
+    that require them get; every rank holds what all sources write, (sources, B, S, D). Collective; every rank gets the
     result. Raises ComponentError where attention and MLP have no norms of their own to read through, and EngineError
     in pipelines.
     """

@@ -7,7 +7,7 @@ patching estimates all of it from one gradient: Nanda, "Attribution Patching" (2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flex_model import FlexModel, FlexModelError, edits
 from flex_model.components.heads import Heads
+from flex_model.lens.inputs import Inputs, keywords
 from flex_model.lens.progress import progress_bar
 from flex_model.lens.result import Result, grid, long_table, whole
 
@@ -27,7 +28,6 @@ __all__ = ["Patching", "activation_patching", "attribution_patching"]
 
 Metric = Callable[[Tensor], Tensor]
 Over = Literal["position", "head"]
-Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,10 @@ def activation_patching(
     >>> found = activation_patching(fm, clean, corrupted, difference)                    # doctest: +SKIP
     >>> found.restored.argmax(), found.plot()                                            # doctest: +SKIP
 
-    ``clean`` and ``corrupted`` are the model's keywords, with token ids of one shape; ``metric`` takes the full logits
-    (B, S, V) and returns a number. ``component`` is one that ``fm.at`` knows; with ``over="head"`` one with heads, such
-    as ``"z"``. Clean values stay on their ranks. One forward a cell. Collective; every rank gets the result.
+    ``clean`` and ``corrupted`` are token ids of one shape, or the model's keywords with them; ``metric`` takes the full
+    logits (B, S, V) and returns a number. ``component`` is one that ``fm.at`` knows; with ``over="head"`` one with
+    heads, such as ``"z"``. Clean values stay on their ranks. One forward a cell. Collective; every rank gets the
+    result.
     """
     places, width = _cells(fm, component, over, clean, corrupted)
     with torch.no_grad(), fm.capture(fm.at(component), deliver="all" if over == "head" else "local") as acts:
@@ -141,7 +142,7 @@ def _cells(fm: FlexModel, component: str, over: Over, clean: Inputs, corrupted: 
 
 def length_of(clean: Inputs, corrupted: Inputs) -> int:
     """How long the token ids are, which must have one shape."""
-    ids, others = (x.get("input_ids", x.get("inputs_embeds")) for x in (clean, corrupted))
+    ids, others = (x.get("input_ids", x.get("inputs_embeds")) for x in map(keywords, (clean, corrupted)))
     if ids is None or others is None or ids.shape[:2] != others.shape[:2]:
         shapes = [None if t is None else tuple(t.shape) for t in (ids, others)]
         raise FlexModelError(
@@ -159,7 +160,7 @@ def _patch(fm: FlexModel, component: str, over: Over, acts: Any, key: str, row: 
 
 
 def logits_of(fm: FlexModel, inputs: Inputs) -> Tensor:
-    output = fm.full_output(fm(**inputs))
+    output = fm.full_output(fm(**keywords(inputs)))
     logits: Tensor = output.logits if hasattr(output, "logits") else output
     return logits
 

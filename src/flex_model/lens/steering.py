@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from flex_model import FlexModel, FlexModelError
 from flex_model.edits import Preset, add
 from flex_model.edits.places import last_columns
+from flex_model.lens.inputs import Inputs, keywords
 from flex_model.lens.probes.fit import Recipe, fit
 from flex_model.lens.result import Result, grid, long_table, whole
 
@@ -50,8 +50,8 @@ class SteeringVector(Result):
 @torch.no_grad()
 def steering_vector(
     fm: FlexModel,
-    positive: Mapping[str, Any],
-    negative: Mapping[str, Any],
+    positive: Inputs,
+    negative: Inputs,
     *,
     layer: int,
     component: str = "resid_post",
@@ -63,10 +63,10 @@ def steering_vector(
     >>> with fm.edit(fm.at("resid_post", 12), found.edit(scale=4.0)):                       # doctest: +SKIP
     ...     fm.generate(**prompt)
 
-    ``method="mean"``: the difference of the means (Turner et al., "Activation Addition", 2023); ``"pca"``: the first
-    principal component of the differences of paired rows (Zou et al., "Representation Engineering", 2023); ``"probe"``:
-    the direction of a linear probe that tells the two apart (see ``train_probe``). Both are as long as the difference
-    of the means. Collective; every rank gets it.
+    Inputs are token ids (B, S), or the model's keywords. ``method="mean"``: the difference of the means (Turner et al.,
+    "Activation Addition", 2023); ``"pca"``: the first principal component of the differences of paired rows (Zou et
+    al., "Representation Engineering", 2023); ``"probe"``: the direction of a linear probe that tells the two apart (see
+    ``train_probe``). Both are as long as the difference of the means. Collective; every rank gets it.
     """
     if method not in get_args(Method):
         raise FlexModelError(f"method={method!r} is unknown; expected 'mean', 'pca' or 'probe'.", page="bad-argument")
@@ -94,11 +94,10 @@ def steering_vector(
     return SteeringVector(vector.float(), (separation[0], separation[1]), component, index)
 
 
-def _last_tokens(fm: FlexModel, inputs: Mapping[str, Any], component: str, layer: int) -> Tensor:
+def _last_tokens(fm: FlexModel, inputs: Inputs, component: str, layer: int) -> Tensor:
     """(B, D) in float64: the value at each row's last token that is not padding."""
-    place = fm.at(component, layer)
-    with fm.capture(place) as acts:
-        fm(**inputs)
+    place, inputs = fm.at(component, layer), keywords(inputs)
+    acts = fm.capture(place).run(**inputs)
     value = whole(acts, place.key).double()
     mask = inputs.get("attention_mask")
     if mask is None:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from flex_model import FlexModel, FlexModelError
 from flex_model.components.place import Place
 from flex_model.edits.places import last_columns
+from flex_model.lens.inputs import Inputs, keywords
 from flex_model.lens.result import whole
 
 __all__ = ["IGNORED", "Batches", "Read", "Rows", "collect"]
 
-Batches = Iterable[tuple[Mapping[str, Any], Any]]
+Batches = Iterable[tuple[Inputs, Any]]
 Read = Literal["last", "mean", "every", "all"]  # which tokens a row is made of; "all": a row is a whole sequence
 
 IGNORED = -100  # the label of what is left out, as of torch's cross_entropy
@@ -86,12 +87,12 @@ def collect(fm: FlexModel, batches: Batches, place: Place, read: Read, step: Cal
 
 def _whole_batch(fm: FlexModel, pair: Any, number: int, read: Read) -> tuple[Mapping[str, Any], _Batch]:
     """This rank's inputs, and the whole labels. What is wrong with one rank's part is told on all."""
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], Mapping)):
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], (Tensor, Mapping))):
         raise FlexModelError(
-            f"batch {number} is a {type(pair).__name__}; expected a pair (inputs by keyword, labels).",
+            f"batch {number} is a {type(pair).__name__}; expected a pair (inputs, labels).",
             page="bad-argument",
         )
-    inputs, given = pair
+    inputs, given = keywords(pair[0]), pair[1]
     shared = {k: v for k in _SHARED if isinstance(v := inputs.get(k), Tensor) and v.dim() > 1}
     tokens = shared.get("input_ids", shared.get("inputs_embeds"))
     if tokens is None:

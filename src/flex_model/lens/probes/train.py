@@ -49,11 +49,12 @@ def train_probe(
     >>> with fm.edit(fm.at("resid_post", 6), edits.add(probe.direction, scale=4.0)):           # doctest: +SKIP
     ...     fm.generate(**prompt)
 
-    ``batches``: pairs of the model's keywords and labels, of this rank's rows under data parallel engines. Integer
-    labels from 0 are classes (cross entropy; -100: left out), floats are regressed on (squared error, R^2).
-    ``component``, ``layer`` and ``head`` as in ``fm.at``; several heads lie side by side. ``kind="linear"`` reads the
-    last token that is no padding, the mean over tokens, or every token, with labels (B, S). ``kind="attention"`` reads
-    whole sequences: ``queries`` learned vectors each attend over the tokens, and what they see is read out linearly.
+    ``batches``: pairs of token ids, or the model's keywords, and labels, of this rank's rows under data parallel
+    engines. Integer labels from 0 are classes (cross entropy; -100: left out), floats are regressed on (squared error,
+    R^2). ``component``, ``layer`` and ``head`` as in ``fm.at``; several heads lie side by side. ``kind="linear"`` reads
+    the last token that is no padding, the mean over tokens, or every token, with labels (B, S). ``kind="attention"``
+    reads whole sequences: ``queries`` learned vectors each attend over the tokens, and what they see is read out
+    linearly.
 
     Weights are trained for standardised values, with ``weight_decay / 2 * sum(w^2)`` beside the loss. Left out, the
     optimizer is LBFGS on all rows with up to 100 iterations for linear probes, whose loss is convex: there is no

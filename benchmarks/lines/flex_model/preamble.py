@@ -1,0 +1,4 @@
+from flex_model import FlexModel
+from given import model
+
+fm = FlexModel(model)

@@ -1,0 +1,4 @@
+from given import model as given
+from nnsight import NNsight
+
+model = NNsight(given)
