@@ -112,6 +112,37 @@ def test_the_same_under_every_engine(engine: str, path: str, alone: dict[str, li
             assert relative_error(torch.tensor(found[key]), torch.tensor(alone[key])) < 1e-4, key
 
 
+# -- ablation --------------------------------------------------------------------------------------------------
+def _without(branch: str, model: Any, run: Callable[[Any], Tensor]) -> Tensor:
+    """The model whose second layer has no such branch: what goes in comes out."""
+    layer = model.model.layers[1]
+    part = layer.self_attn if branch == "attn_out" else layer.mlp
+    nothing = part.o_proj if branch == "attn_out" else part.down_proj
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(nothing, "forward", lambda x: x.new_zeros(*x.shape[:-1], model.config.hidden_size))
+        return run(model)
+
+
+def _ablated(engine: str, path: str) -> list[float]:
+    plain, batch = models.make("llama"), inputs()
+    model, mine = (plain, lambda b: b) if engine == "none" else placed(engine, path)
+    fm, errors = FlexModel(model), []
+    for branch, before, after in (("attn_out", "resid_pre", "resid_mid"), ("mlp_out", "resid_mid", "resid_post")):
+        want = _without(branch, models.make("llama"), lambda m: m(**batch).logits)
+        with torch.no_grad(), fm.edit(fm.at(branch, 1), edits.zero()):
+            with fm.capture(fm.at(before, 1), fm.at(after, 1)) as acts:
+                logits = fm.full_output(fm(**mine(batch))).logits
+        assert torch.equal(acts[fm.at(before, 1)], acts[fm.at(after, 1)])  # type: ignore[arg-type]
+        errors.append(relative_error(logits, want))
+    return errors
+
+
+@pytest.mark.parametrize("engine", ["none", "ddp", "fsdp2", "tp"])
+def test_a_branch_of_zeros_is_a_branch_dropped(engine: str, path: str) -> None:
+    for errors in [_ablated(engine, path)] if engine == "none" else run_world(2, _ablated, engine, path):
+        assert max(errors) < 1e-6
+
+
 # -- the logit lens --------------------------------------------------------------------------------------------
 def test_the_logit_lens_by_hand() -> None:
     model, batch = models.make("llama"), inputs()
