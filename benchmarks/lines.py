@@ -1,11 +1,10 @@
 """How many lines of user code six common tasks take, in FlexModel and in its peers. Every snippet is run.
 
-Each snippet (``lines/<tool>/<task>.py``) is the shortest code that a user of the tool would write, as the page named
-in its first line shows it. Calls may be chained, lambdas used, and several values made in one statement, by all; a
-trained probe has a name. It starts with a loaded model and token ids (``given.py``, ``preamble.py``: not counted) and
-ends with the result in ``answer``, which must be that of plain torch (``oracle.py``), within 1e-5 of its norm. Counted
-are statements, by ``ast``: each assignment, expression, ``with``, ``for`` is one; imports, comments and blank lines are
-none. In brackets: lines with code on them but imports, as ``ruff format`` lays them out in 100 columns.
+Each snippet (``lines/<tool>/<task>.py``) is the shortest code found, after the page named in its first line. Calls may
+be chained, lambdas used, and several values made in one statement, by all; a trained probe has a name. It starts with a
+loaded model and token ids (``given.py``, ``preamble.py``: not counted) and ends with ``answer``, which must be within
+1e-5 of plain torch's (``oracle.py``). Counted are statements, by ``ast``: each assignment, expression, ``with`` and
+``for`` is one, imports are none. In brackets: lines of code but imports, as ``ruff format`` makes them in 100 columns.
 
     python benchmarks/lines.py              all tools, each in an environment of its own; writes the table to results/
     python benchmarks/lines.py --check      FlexModel's snippets alone, and the newest table that was written

@@ -5,36 +5,16 @@
 #
 # `python examples/attribution_patching.py`, or over processes:
 # `torchrun --nproc-per-node 3 examples/attribution_patching.py`.
-# `MODEL` may be a folder of transformers weights; the numbers are the same on any number of processes.
+# The numbers are the same; `examples/loading.py` says which models and ways of spreading them there are.
 
 # %%
-import os
-from pathlib import Path
-
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.distributed import DistributedConfig
+from loading import start
 
-from flex_model import FlexModel, edits
-from flex_model.cli.models import find_model
+from flex_model import edits
 from flex_model.lens import attribution_patching
 
-world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-folder = find_model(os.environ.get("MODEL", "smollm2"), Path(".models"))
-spread = {"distributed_config": DistributedConfig(tp_size=world)} if world > 1 else {}
-model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32", **spread).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-fm = FlexModel(model)
-
-
-def say(*words: object) -> None:
-    if rank == 0:
-        print(*words)
-
-
-def tokens(text: str) -> dict:
-    return {"input_ids": torch.tensor([tokenizer(text)["input_ids"]])}
-
+fm, tokens, decode, _, say, show = start()
 
 # %% [markdown]
 # Two sentences of as many tokens, and one number that tells them apart.
@@ -42,7 +22,7 @@ def tokens(text: str) -> dict:
 # %%
 clean = tokens("When Mary and John went to the store, John gave a drink to")
 corrupted = tokens("When Mary and John went to the store, Mary gave a drink to")
-mary, john = (tokenizer(name, add_special_tokens=False)["input_ids"][-1] for name in (" Mary", " John"))
+mary, john = (int(tokens(name)["input_ids"][0, -1]) for name in (" Mary", " John"))
 
 
 def difference(logits: torch.Tensor) -> torch.Tensor:
@@ -69,3 +49,4 @@ for cell in estimate.effect.abs().flatten().topk(3).indices.tolist():
         patched = float(difference(fm.full_output(fm(**corrupted)).logits))
     effect = estimate.effect[layer, head]
     say(f"layer {layer}, head {head}: {effect:+.3f} estimated, {patched - estimate.corrupted:+.3f} patched")
+show(estimate.plot())

@@ -1,71 +1,72 @@
-"""What probe.py and train_sae.py share: a model on one process or split over torchrun's, and its tokens."""
+"""What the examples share: a model on one process, or spread over those that torchrun has started.
 
-import argparse
+MODEL: a folder of transformers weights with its tokenizer, a GGUF, ``smollm2`` (the default) or ``tiny-llama``.
+SPREAD: ``tp`` (the default), over which each layer is split, or ``fsdp``, whose processes take a part of the rows each.
+"""
+
+import atexit
 import os
-import tempfile
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
 from flex_model import FlexModel
-
-Rows = TypeVar("Rows", Tensor, list[int])
+from flex_model.cli.models import find_model
 
 
 class Job(NamedTuple):
+    """``mine`` takes this process's rows of a batch; ``say`` prints and ``show`` draws on the first one only."""
+
     fm: FlexModel
-    layer: int
-    tokens: Callable[[list[str]], dict[str, Tensor]]
-    mine: Callable[[Rows], Rows]  # this rank's rows of a batch
-    show: Callable[[str], None]
+    tokens: Callable[..., dict[str, Tensor]]
+    decode: Callable[[Any], str]
+    mine: Callable[[Any], Any]
+    say: Callable[..., None]
+    show: Callable[[Any], None]
 
 
 def start() -> Job:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="the folder of a model, with its tokenizer")
-    parser.add_argument("--layer", type=int, default=1)
-    parser.add_argument("--fsdp2", action="store_true")
-    asked = parser.parse_args()
+    name, spread = os.environ.get("MODEL", "smollm2"), os.environ.get("SPREAD", "tp")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    part, parts = (rank, world) if asked.fsdp2 else (0, 1)  # under tensor parallelism every rank has the whole batch
-    return Job(
-        FlexModel(_model(asked.model, world, asked.fsdp2)),
-        asked.layer,
-        _bytes if asked.model is None else _tokenizer(asked.model),
-        lambda rows: rows[part * len(rows) // parts : (part + 1) * len(rows) // parts],
-        print if rank == 0 else lambda line: None,
-    )
-
-
-def _model(folder: str | None, world: int, fsdp2: bool) -> torch.nn.Module:
-    """Without a folder a tiny random one that reads bytes."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    sizes = dict(vocab_size=256, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
-    split = {"fsdp_size": world} if fsdp2 else {"tp_size": world}
-    options = {"distributed_config": DistributedConfig(**split)} if world > 1 else {}
-    with tempfile.TemporaryDirectory() as tiny:
-        if folder is None:
-            torch.manual_seed(0)
-            LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tiny)  # every rank its own: before ranks are known
-        if world > 1:
-            dist.init_process_group("gloo")
-        return AutoModelForCausalLM.from_pretrained(folder or tiny, **options).eval()
-
-
-def _bytes(texts: list[str]) -> dict[str, Tensor]:
-    lengths = torch.tensor([len(t) for t in texts])
-    ids = torch.tensor([list(t.ljust(int(lengths.max())).encode("ascii", "replace")) for t in texts])
-    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-
-
-def _tokenizer(folder: str) -> Callable[[list[str]], dict[str, Tensor]]:
-    from transformers import AutoTokenizer
-
+    folder = find_model(name, Path(__file__).parents[1] / ".models")
+    options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
+    if world > 1:
+        options["distributed_config"] = DistributedConfig(**{f"{spread}_size": world})
+        atexit.register(dist.destroy_process_group)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return lambda texts: dict(tokenizer(texts, padding=True, return_tensors="pt"))
+
+    def tokens(*texts: str) -> dict[str, Tensor]:
+        """Padded on the right to the longest."""
+        rows = [tokenizer(text)["input_ids"] for text in texts]
+        longest = max(map(len, rows))
+        ids, mask = ([(r + [0] * longest)[:longest] for r in many] for many in (rows, [[1] * len(r) for r in rows]))
+        return mine({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+
+    def mine(batch: Any) -> Any:
+        if isinstance(batch, dict):
+            return {key: mine(value) for key, value in batch.items()}
+        parted = world > 1 and spread == "fsdp" and len(batch) % world == 0
+        return batch.chunk(world)[rank] if parted else batch
+
+    def say(*words: object) -> None:
+        if rank == 0:
+            print(*words)
+
+    return Job(FlexModel(model), tokens, tokenizer.decode, mine, say, show if rank == 0 else lambda figure: None)
+
+
+def show(figure: Any) -> None:
+    """A plotly figure as a picture, where a notebook runs; else in the folder OUT, if that is given."""
+    if os.environ.get("OUT"):
+        figure.write_html(Path(os.environ["OUT"]) / f"{figure.layout.title.text[:30]}.html")
+    elif "JPY_PARENT_PID" in os.environ:
+        from IPython.display import Image, display
+
+        display(Image(figure.to_image("png", scale=1.5)))

@@ -4,36 +4,15 @@
 # position by position from the clean run.
 #
 # `python examples/patching.py`, or over processes: `torchrun --nproc-per-node 3 examples/patching.py`.
-# `MODEL` may be a folder of transformers weights; the numbers are the same on any number of processes.
+# The numbers are the same; `examples/loading.py` says which models and ways of spreading them there are.
 
 # %%
-import os
-from pathlib import Path
-
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.distributed import DistributedConfig
+from loading import start
 
-from flex_model import FlexModel
-from flex_model.cli.models import find_model
 from flex_model.lens import activation_patching
 
-world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-folder = find_model(os.environ.get("MODEL", "smollm2"), Path(".models"))
-spread = {"distributed_config": DistributedConfig(tp_size=world)} if world > 1 else {}
-model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32", **spread).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-fm = FlexModel(model)
-
-
-def say(*words: object) -> None:
-    if rank == 0:
-        print(*words)
-
-
-def tokens(text: str) -> dict:
-    return {"input_ids": torch.tensor([tokenizer(text)["input_ids"]])}
-
+fm, tokens, decode, _, say, show = start()
 
 # %% [markdown]
 # Two sentences of as many tokens, and one number that tells them apart.
@@ -41,7 +20,7 @@ def tokens(text: str) -> dict:
 # %%
 clean = tokens("When Mary and John went to the store, John gave a drink to")
 corrupted = tokens("When Mary and John went to the store, Mary gave a drink to")
-mary, john = (tokenizer(name, add_special_tokens=False)["input_ids"][-1] for name in (" Mary", " John"))
+mary, john = (int(tokens(name)["input_ids"][0, -1]) for name in (" Mary", " John"))
 
 
 def difference(logits: torch.Tensor) -> torch.Tensor:
@@ -52,10 +31,11 @@ def difference(logits: torch.Tensor) -> torch.Tensor:
 # Every cell is a forward of the corrupted sentence with one residual from the clean one. 1 restores it all.
 
 # %%
-layers = model.config.num_hidden_layers
+layers = fm.config.num_hidden_layers
 found = activation_patching(fm, clean, corrupted, difference, component="resid_pre")
 say(f"clean {found.clean:.3f}, corrupted {found.corrupted:.3f}")
 for layer in (0, layers // 2, layers - 1):
     position = int(found.restored[layer].argmax())
-    token = tokenizer.decode([int(clean["input_ids"][0, position])])
+    token = decode([int(clean["input_ids"][0, position])])
     say(f"layer {layer}: {found.restored[layer, position]:.3f} at position {position} {token!r}")
+show(found.plot(labels=[decode([int(token)]) for token in corrupted["input_ids"][0]]))

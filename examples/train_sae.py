@@ -1,21 +1,21 @@
-"""Train a sparse autoencoder on one layer's values while the model runs, then put it in their place.
+# %% [markdown]
+# # A sparse autoencoder, trained on the fly
+# Train it on one layer's values while the model runs, then put it in their place.
+#
+# `python examples/train_sae.py`, or over processes: `torchrun --nproc-per-node 3 examples/train_sae.py`.
+# The numbers are the same; `examples/loading.py` says which models and ways of spreading them there are.
 
-Run: python examples/train_sae.py                                (a tiny random model)
-Run: python examples/train_sae.py --model FOLDER --layer 9       (a real one, with its tokenizer)
-Run: torchrun --nproc-per-node 2 examples/train_sae.py           (tensor parallel)
-Run: torchrun --nproc-per-node 2 examples/train_sae.py --fsdp2
-"""
-
-from pathlib import Path
+# %%
+from pydoc_data.topics import topics
 
 import torch
-import torch.distributed as dist
 from loading import start
 from torch import Tensor, nn
 
 from flex_model import edits
 
-LENGTH, ROWS, EPOCHS = 32, 16, 3
+fm, tokens, _, mine, say, _ = start()
+site = fm.at("resid_post", fm.config.num_hidden_layers // 3)
 
 
 class TopK(nn.Module):
@@ -37,42 +37,43 @@ class TopK(nn.Module):
         return features @ self.write * self.size + self.centre
 
 
-def main() -> None:
-    job = start()
-    fm, site = job.fm, job.fm.at("resid_post", job.layer)
-    text = job.tokens([(Path(__file__).parents[1] / "docs" / "architecture.md").read_text()])["input_ids"][0]
-    *train, held = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH).split(ROWS)[:-1]
+# %% [markdown]
+# Python's manual, in rows of 32 tokens. The model runs as far as the site, and no further.
 
-    @torch.no_grad()
-    def run(ids: Tensor) -> tuple[Tensor, float]:
-        """The values of all tokens (B * S, D), whole on every rank, and the model's loss."""
-        with fm.capture(site) as acts:
-            loss = fm(input_ids=job.mine(ids), labels=job.mine(ids)).loss
-        return acts[site].flatten(0, 1), fm.full_batch(loss[None]).mean().item()
-
-    sae = TopK(run(train[0])[0], features=8 * fm.config.hidden_size)  # every rank has it, and trains it on the same
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
-    for epoch in range(EPOCHS):
-        for step, ids in enumerate(train):
-            x, _ = run(ids)
-            error = (sae.decode(sae.encode(x)) - x).pow(2).sum(-1).mean() / sae.size**2
-            error.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if step == 0:
-                job.show(f"epoch {epoch}: error {error:.4f}")
-    x, loss = run(held)
-    with torch.no_grad():
-        left = (sae.decode(sae.encode(x)) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
-    job.show(f"of new tokens: {1 - left:.4f} of the variance is explained, by {sae.k} features of {len(sae.read)}")
-    with fm.edit(site, edits.sae(sae, keep_error=False)):
-        _, spliced = run(held)
-    with fm.edit(site, edits.zero()):
-        _, zeroed = run(held)
-    job.show(f"loss {loss:.4f}; with the autoencoder in its place {spliced:.4f}; with zeros {zeroed:.4f}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+# %%
+text = "".join(topics[name] for name in ("for", "while", "try", "with"))
+ids = torch.cat([tokens(line)["input_ids"][0] for line in text.splitlines(keepends=True) if line.strip()])
+*batches, held = ids[: len(ids) // 512 * 512].view(-1, 16, 32)
 
 
-if __name__ == "__main__":
-    main()
+def values(ids: Tensor) -> Tensor:
+    """(tokens, width), whole on every process."""
+    with torch.no_grad(), fm.capture(site, stop=True) as acts:
+        fm(input_ids=mine(ids))
+    return acts[site].flatten(0, 1)
+
+
+sae = TopK(values(batches[0]), features=8 * fm.config.hidden_size)  # every process has it, and trains it alike
+optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+for epoch in range(3):
+    for step, batch in enumerate(batches):
+        x = values(batch)
+        error = (sae.decode(sae.encode(x)) - x).pow(2).sum(-1).mean() / sae.size**2
+        error.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            say(f"epoch {epoch}: error {error:.3f}")
+
+# %% [markdown]
+# In the place of the values: what does the model lose?
+
+# %%
+for what, edit in (
+    ("as it is", edits.scale(1.0)),
+    ("with it", edits.sae(sae, keep_error=False)),
+    ("zeros", edits.zero()),
+):
+    with torch.no_grad(), fm.edit(site, edit):
+        loss = fm(input_ids=mine(held), labels=mine(held)).loss
+    say(f"loss on new tokens, {what}: {fm.full_batch(loss[None]).mean():.3f}")

@@ -17,14 +17,16 @@ import torch.distributed as dist
 from worlds import run_world
 
 FOLDER = Path(__file__).parents[1] / "examples"
-EXAMPLES = ("capture", "train_probe", "probe", "train_sae")
+PLAIN = ("capture", "train_probe")  # of plain torch; the others load a model of transformers
+LOADED = ("attribution_patching", "induction_heads", "patching", "probe", "steering", "train_sae", "tuned_lens")
+EXAMPLES = (*PLAIN, *LOADED)
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def _printed(name: str, arguments: tuple[str, ...], port: int) -> list[str]:
     """The example as the script of this rank, in the process that a world has forked."""
     dist.destroy_process_group()  # it makes its own
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ.update(MASTER_PORT=str(port), MODEL="tiny-llama", SPREAD="fsdp" if arguments else "tp")
     sys.argv = [f"{name}.py", *arguments]
     sys.path.insert(0, str(FOLDER))
     with redirect_stdout(io.StringIO()) as out:
@@ -68,4 +70,25 @@ def test_as_a_command() -> None:
 
 
 def test_all_examples_are_run() -> None:
-    assert {p.stem for p in FOLDER.glob("*.py")} == {*EXAMPLES, "loading"}  # loading.py is a part of two
+    assert {p.stem for p in FOLDER.glob("*.py")} == {*EXAMPLES, "loading"}  # which is a part of the others
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_notebooks_are_the_scripts(name: str) -> None:
+    """As they were when they ran, without an error."""
+    jupytext, nbformat = pytest.importorskip("jupytext"), pytest.importorskip("nbformat")
+    script = jupytext.read(FOLDER / f"{name}.py")
+    notebook = nbformat.read(FOLDER / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert outputs and not any(o.output_type == "error" for o in outputs)
+
+
+def test_a_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("jupytext", "nbclient", "ipykernel"):
+        pytest.importorskip(module)
+    make = runpy.run_path(str(FOLDER / "notebooks" / "make.py"))
+    monkeypatch.setenv("MODEL", "tiny-llama")
+    done = make["run"](FOLDER / "steering.py")
+    said = "".join(o.text for c in done.cells for o in c.get("outputs", []) if o.output_type == "stream")
+    assert "steered by +2" in said

@@ -112,6 +112,37 @@ def test_the_same_under_every_engine(engine: str, path: str, alone: dict[str, li
             assert relative_error(torch.tensor(found[key]), torch.tensor(alone[key])) < 1e-4, key
 
 
+# -- ablation --------------------------------------------------------------------------------------------------
+def _without(branch: str, model: Any, run: Callable[[Any], Tensor]) -> Tensor:
+    """The model whose second layer has no such branch: what goes in comes out."""
+    layer = model.model.layers[1]
+    part = layer.self_attn if branch == "attn_out" else layer.mlp
+    nothing = part.o_proj if branch == "attn_out" else part.down_proj
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(nothing, "forward", lambda x: x.new_zeros(*x.shape[:-1], model.config.hidden_size))
+        return run(model)
+
+
+def _ablated(engine: str, path: str) -> list[float]:
+    plain, batch = models.make("llama"), inputs()
+    model, mine = (plain, lambda b: b) if engine == "none" else placed(engine, path)
+    fm, errors = FlexModel(model), []
+    for branch, before, after in (("attn_out", "resid_pre", "resid_mid"), ("mlp_out", "resid_mid", "resid_post")):
+        want = _without(branch, models.make("llama"), lambda m: m(**batch).logits)
+        around = fm.capture(fm.at(before, 1), fm.at(after, 1))
+        with torch.no_grad(), fm.edit(fm.at(branch, 1), edits.zero()), around as acts:
+            logits = fm.full_output(fm(**mine(batch))).logits
+        assert torch.equal(acts[fm.at(before, 1)], acts[fm.at(after, 1)])  # type: ignore[arg-type]
+        errors.append(relative_error(logits, want))
+    return errors
+
+
+@pytest.mark.parametrize("engine", ["none", "ddp", "fsdp2", "tp"])
+def test_a_branch_of_zeros_is_a_branch_dropped(engine: str, path: str) -> None:
+    for errors in [_ablated(engine, path)] if engine == "none" else run_world(2, _ablated, engine, path):
+        assert max(errors) < 1e-6
+
+
 # -- the logit lens --------------------------------------------------------------------------------------------
 def test_the_logit_lens_by_hand() -> None:
     model, batch = models.make("llama"), inputs()
@@ -309,6 +340,31 @@ def test_a_whole_module_of_parts_is_refused() -> None:
     assert all("modules under fairscale are parts" in said for said in run_world(2, _refused))
 
 
+def _whole_of_stages(schedule: str) -> tuple[list[float], str]:
+    from pipelines import Pipe
+
+    plain = models.net(layers=4)
+    pipe = Pipe(models.net(layers=4), schedule)
+    run, fm = pipe.schedule(), FlexModel(pipe.module)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for name in ("layers.0.mlp", "layers.3", "norm", "head"):
+        module = fm.whole_module(name)
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+        errors.append(relative_error(module(x), plain.get_submodule(name)(x)))
+    try:
+        fm.whole_module("layers")
+    except EngineError as error:
+        return errors, str(error)
+    return errors, f"nothing, under {run}"
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
+def test_a_whole_module_of_another_stage(schedule: str) -> None:
+    for errors, refused in run_world(2, _whole_of_stages, schedule):
+        assert errors == [0.0] * 4 and "several stages of the pipeline have parts of it" in refused
+
+
 # -- pictures in files -----------------------------------------------------------------------------------------
 def _figure() -> Any:
     go = pytest.importorskip("plotly.graph_objects")
@@ -322,7 +378,7 @@ NO_CHROMIUM = not any(map(shutil.which, ("chromium", "chromium-browser", "google
 def test_a_result_is_saved_as_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("kaleido")
     found = activation_patching(FlexModel(models.make("llama")), inputs(), inputs(True), metric)
-    png = found.save(tmp_path / "found.png").read_bytes()
+    png = found.save_plot(tmp_path / "found.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
     assert (width, height) == (1400, 900)

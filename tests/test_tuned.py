@@ -204,6 +204,70 @@ def test_more_ranks_than_layers(tmp_path: Path) -> None:
         assert error(found, flat(lens)) < 1e-4
 
 
+class Part(nn.Module):
+    """Attention and MLP of a layer, of any kind."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = nn.LayerNorm(width), Mean(width), nn.LayerNorm(width), Mean(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Mean(nn.Linear):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+class Decoder(nn.Module):
+    """The names of a transformer, cut at will: what one stage holds of it, or all."""
+
+    def __init__(self, stage: int = 0, stages: int = 1, layers: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        emb, all_, norm = nn.Embedding(66, 16), [Part(16) for _ in range(layers)], nn.LayerNorm(16)
+        head = nn.Linear(16, 66, bias=False)
+        low, high = stage * layers // stages, (stage + 1) * layers // stages
+        self.embed_tokens = emb if stage == 0 else None
+        self.layers = nn.ModuleDict({str(i): all_[i] for i in range(low, high)})
+        self.norm, self.lm_head = (norm, head) if stage == stages - 1 else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.embed_tokens is None else self.embed_tokens(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return x if self.norm is None else self.lm_head(self.norm(x))
+
+
+def _through_a_schedule() -> tuple[list[float], list[float]]:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    rank, stages = dist.get_rank(), dist.get_world_size()
+    part = Decoder(rank, stages)
+    schedule = ScheduleGPipe(PipelineStage(part, rank, stages, torch.device("cpu")), 2)
+    fm = FlexModel(part)
+    lens = TunedLens(fm)
+
+    def forward(batch: Any) -> Any:
+        return schedule.eval(*([batch["input_ids"]] if rank == 0 else []))
+
+    run = lens.fit(batches(), steps=STEPS, forward=forward)
+    return flat(lens), run.loss.flatten().tolist()
+
+
+def test_a_pipelines_schedule() -> None:
+    lens = TunedLens(FlexModel(Decoder()))
+    run = lens.fit(batches(), steps=STEPS, forward=lambda batch: lens.model(batch["input_ids"]))
+    assert run.loss[:, :3].min() > 1e-2
+    for found, loss in run_world(2, _through_a_schedule):
+        assert error(found, flat(lens)) < 1e-4 and error(loss, run.loss.flatten().tolist()) < 1e-4
+
+
 # -- checkpoints -----------------------------------------------------------------------------------------------
 def breaking(after: int) -> Iterator[Batch]:
     yield from batches()[:after]
@@ -256,6 +320,19 @@ def test_an_interrupted_run_goes_on(before: int, after: int, tmp_path: Path) -> 
     assert [p.name for p in tmp_path.glob("step-*")] == [f"step-{STEPS}"]
     with pytest.raises(FlexModelError, match=r"is of a run with steps=6, tokens=None; give the same"):
         TunedLens(FlexModel(model())).fit(batches(), steps=7, tokens=3, checkpoint=tmp_path)
+
+
+def _folders_differ(folder: Path) -> str:
+    made, mine = placed("ddp", "llama")
+    with pytest.raises(FlexModelError) as caught:
+        own = folder / str(dist.get_rank())
+        TunedLens(FlexModel(made)).fit([mine(b) for b in batches()], steps=STEPS, checkpoint=own)
+    return str(caught.value)
+
+
+def test_a_folder_that_one_rank_does_not_see(tmp_path: Path) -> None:
+    TunedLens(FlexModel(model())).fit(batches(), steps=STEPS, checkpoint=tmp_path / "1")
+    assert all(f"after [0, {STEPS}] steps" in text for text in run_world(2, _folders_differ, tmp_path))
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------
@@ -418,7 +495,7 @@ def test_saved_by_many(tmp_path: Path) -> None:
 
 
 # -- in a loop of the user's own -------------------------------------------------------------------------------
-def plain_loop(steps: int) -> tuple[list[float], list[float]]:
+def plain_loop(steps: int, clip: float = 0.1) -> tuple[list[float], list[float]]:
     """Model and translators in one AdamW, on one process, without this library."""
     made = model().train()
     width = made.config.hidden_size
@@ -440,7 +517,7 @@ def plain_loop(steps: int) -> tuple[list[float], list[float]]:
             h = gain * h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + made.config.rms_norm_eps)
             losses.append((p.exp() * (p - (h @ head.T).log_softmax(-1))).sum(-1).mean())
         (out.logits.pow(2).mean() * 1e-2 + torch.stack(losses).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(everything, 0.1)
+        torch.nn.utils.clip_grad_norm_(everything, clip)
         optimizer.step()
         optimizer.zero_grad()
     vector = torch.nn.utils.parameters_to_vector
@@ -450,8 +527,8 @@ def plain_loop(steps: int) -> tuple[list[float], list[float]]:
 class Loop:
     """The same with a lens, under an engine."""
 
-    def __init__(self, made: Any, mine: Callable[[Batch], Batch]) -> None:
-        self.fm, self.mine = FlexModel(made.train()), mine
+    def __init__(self, made: Any, mine: Callable[[Batch], Batch], clip: bool = True) -> None:
+        self.fm, self.mine, self.clip = FlexModel(made.train()), mine, clip
         self.lens = TunedLens(self.fm)
         self.fm.register_trainable_module("lens", self.lens)
         self.optimizer = torch.optim.AdamW(self.fm.parameters(), lr=1e-3, eps=1e-4)
@@ -462,7 +539,8 @@ class Loop:
             with self.lens.joined(mine["attention_mask"]):
                 out = self.fm(input_ids=mine["input_ids"])
                 (out.logits.pow(2).mean() * 1e-2 + self.lens.loss).backward()
-            torch.nn.utils.clip_grad_norm_(self.fm.parameters(), 0.1)
+            if self.clip:
+                torch.nn.utils.clip_grad_norm_(self.fm.parameters(), 0.1)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -473,14 +551,15 @@ class Loop:
 
 
 def _joined(engine: str, path: Path) -> tuple[list[float], list[float]]:
-    loop = Loop(*placed(engine, "llama", path))
+    loop = Loop(*placed(engine, "llama", path), clip=engine != "tp")  # torch cannot clip tensors beside DTensors
     loop.run(0, STEPS)
     return loop.parameters()
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp", "tp"])
 def test_joined_to_a_loop(engine: str, tmp_path: Path) -> None:
-    want = plain_loop(STEPS)
+    want = plain_loop(STEPS, clip=float("inf") if engine == "tp" else 0.1)
+    model().save_pretrained(tmp_path)
     for found in run_world(2, _joined, engine, tmp_path):
         for mine, theirs in zip(found, want, strict=True):
             assert error(mine, theirs) < 1e-5
@@ -528,7 +607,7 @@ def test_the_lens_does_not_reach_the_model() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-# -- tables, pictures, the example -----------------------------------------------------------------------------
+# -- tables and pictures -----------------------------------------------------------------------------------------
 def test_tables_and_pictures(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("plotly")

@@ -103,7 +103,7 @@ def _tiny(family: str, target: Path) -> Path:
         letters = Tokenizer(WordLevel({c: i for i, c in enumerate(_CHARACTERS)}, unk_token="."))
         letters.pre_tokenizer, letters.decoder = Split(Regex("."), "isolated"), Fuse()
         PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
-        config = AutoConfig.for_model(family, **_SIZES, **_FAMILIES[family])
+        config = AutoConfig.for_model(family, **_SIZES, **_FAMILIES[family], initializer_range=0.2)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -112,7 +112,4 @@ def _report(desk: Desk, job: Job, found: Patching, labels: list[str]) -> None:
         table.add_row(str(layer), escape(where), f"{float(found.restored[layer, column]):.3f}")
     desk.console.print(table)
     if desk.first:
-        figure = found.plot()
-        if job.over == "position":
-            figure.update_xaxes(tickvals=list(range(width)), ticktext=[f"{i} {t}" for i, t in enumerate(labels)])
-        desk.write("patch", figure, found.to_dataframe())
+        desk.write("patch", found.plot(labels if job.over == "position" else None), found.to_dataframe())

@@ -454,6 +454,7 @@ class FlexModel(nn.Module):
         Of a pipeline it is sent from the stage that has it. Raises EngineError under engines whose modules are parts
         (Megatron-core, fairscale), and of modules that several stages share.
         """
+        self._runtime.look()
         return whole_module(self._runtime, name)
 
     @property

@@ -24,7 +24,7 @@ from flex_model.layout.claim import Claim, Evidence, claim
 from flex_model.layout.layout import Layout, on_dim, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BATCH, SEQUENCE, Along, BatchDim, Probe
-from flex_model.layout.record import Key, Watched, input_kind
+from flex_model.layout.record import Key, Watched, input_kind, uncollected
 from flex_model.layout.sequence import Order, order_by_positions
 from flex_model.layout.twin import GlobalShapes, Shapes, Twin, TwinShapes, global_shapes
 from flex_model.routing.agreement import settle, settle_alone
@@ -305,7 +305,9 @@ class Inference:
             return
         for form in claims:
             self._claimed.pop(form, None)
-        for form, found in settle(claims, self.mesh).items():
+        with uncollected():
+            settled = settle(claims, self.mesh)
+        for form, found in settled.items():
             self.known[form] = found
             if isinstance(found, LayoutError) and found.passing:
                 self._passing.append(form)

@@ -56,7 +56,7 @@ class DTensorEngine(Engine):
     def order(self, module: nn.Module, side: str, dim: int, size: int) -> int | str | None:
         if dim != -1:
             return None
-        own = [f for p in module.parameters(recurse=False) if (f := _blocks(p)) is not None]
+        own = [f for p in module._parameters.values() if p is not None and (f := _blocks(p)) is not None]
         if own:
             return own[0] if side == "out" else None
         if size in self._fused.get(id(module), ()):

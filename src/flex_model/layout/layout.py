@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -40,7 +41,12 @@ class ZigZag(Placement):
 
 def shard_dim(placement: Placement) -> int | None:
     """The dim a placement shards, None for Replicate and Partial."""
-    return placement.dim if isinstance(placement, (Shard, _StridedShard, ZigZag)) else None  # type: ignore[return-value]
+    return placement.dim if _shards(type(placement)) else None  # type: ignore[arg-type,attr-defined,no-any-return]
+
+
+@cache
+def _shards(kind: type[Placement]) -> bool:
+    return issubclass(kind, (Shard, _StridedShard, ZigZag))  # isinstance asks Python code of torch's each time
 
 
 def on_dim(placement: Placement, dim: int) -> Placement:

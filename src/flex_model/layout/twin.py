@@ -35,8 +35,9 @@ T = TypeVar("T")
 Shapes = dict[Key, list[tuple[int, ...]]]
 
 
-def _is_mesh_state(value: object) -> bool:
-    return isinstance(value, (dist.ProcessGroup, DeviceMesh))
+@cache
+def _is_mesh_state(kind: type) -> bool:
+    return issubclass(kind, (dist.ProcessGroup, DeviceMesh))  # isinstance asks Python code of torch's each time
 
 
 def _ranks(state: dist.ProcessGroup | DeviceMesh) -> tuple[int, ...]:
@@ -124,7 +125,7 @@ def stripped(
                     del module.__dict__[key]
                 elif key.endswith("_hooks") or "_hooks_" in key:
                     module.__dict__[key] = type(value)() if value is not None else value
-                elif _is_mesh_state(value):
+                elif _is_mesh_state(kind):  # type: ignore[arg-type]
                     memo[id(value)] = value if kept and _ranks(value) in kept else None  # type: ignore[arg-type]
                 elif isinstance(value, DTensor):
                     memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")

@@ -7,7 +7,7 @@ patching estimates all of it from one gradient: Nanda, "Attribution Patching" (2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,9 +50,10 @@ class Patching(Result):
         """layer, position or head, effect, restored."""
         return long_table(("layer", self.over), effect=self.effect, restored=self.restored)
 
-    def plot(self) -> Figure:
+    def plot(self, labels: Sequence[str] | None = None) -> Figure:
+        """``labels``: a word for each position, such as its token."""
         title = f"Patching {self.component!r}: share of the clean metric that is restored"
-        return grid(self.restored, title=title, x=self.over, y="layer")
+        return grid(self.restored, title=title, x=self.over, y="layer", labels=labels)
 
 
 def activation_patching(

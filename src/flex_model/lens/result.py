@@ -35,10 +35,10 @@ class Result(ABC):
     def plot(self) -> Figure:
         """A plotly figure; ``figure.show()``."""
 
-    def save(self, path: str | Path) -> Path:
+    def save_plot(self, path: str | Path) -> Path:
         """Write the picture; see ``save_figure``.
 
-        >>> found.save("found.png")                                                 # doctest: +SKIP
+        >>> found.save_plot("found.png")                                                 # doctest: +SKIP
         """
         return save_figure(self.plot(), path)
 

@@ -12,7 +12,7 @@ from flex_model import FlexModel, FlexModelError
 from flex_model.edits import Preset, add
 from flex_model.edits.places import last_columns
 from flex_model.lens.inputs import Inputs, keywords
-from flex_model.lens.probe_fit import Recipe, fit
+from flex_model.lens.probes.fit import Recipe, fit
 from flex_model.lens.result import Result, grid, long_table, whole
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flex_model import FlexModelError
-from flex_model.lens.probe_fit import Kind, Weights, read_out
+from flex_model.lens.probes.fit import Kind, Weights, read_out
 from flex_model.lens.result import Result, grid, lines, long_table
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import torch
 from flex_model import FlexModel, FlexModelError
 from flex_model.components.finder import Layers
 from flex_model.components.place import Place
-from flex_model.lens.probe_fit import Kind, Optimizing, Recipe, fit, score
-from flex_model.lens.probe_result import Probe, ProbeSweep, Tokens
-from flex_model.lens.probe_rows import Batches, Rows, collect
+from flex_model.lens.probes.fit import Kind, Optimizing, Recipe, fit, score
+from flex_model.lens.probes.result import Probe, ProbeSweep, Tokens
+from flex_model.lens.probes.rows import Batches, Rows, collect
 from flex_model.lens.progress import progress_bar
 
 __all__ = ["Probe", "ProbeSweep", "train_probe", "train_probes"]
@@ -58,9 +58,9 @@ def train_probe(
 
     Weights are trained for standardised values, with ``weight_decay / 2 * sum(w^2)`` beside the loss. Left out, the
     optimizer is LBFGS on all rows with up to 100 iterations for linear probes, whose loss is convex: there is no
-    learning rate to find, and the end does not hang on the way there. Attention probes, and whatever has a
-    ``batch_size``, take AdamW at 0.01, by 32 rows for 30 epochs. ``optimizer`` makes another from parameters, such as
-    ``lambda p: torch.optim.SGD(p, 0.1)``. ``seed`` is that of the queries and of the order of rows.
+    learning rate to find, and the end does not hang on the way there. Attention probes take AdamW at 0.01, 32 rows a
+    step, for 30 epochs; so does a linear probe with a ``batch_size``, for 100. ``optimizer`` makes another from
+    parameters, such as ``lambda p: torch.optim.SGD(p, 0.1)``. ``seed`` is that of the queries and of the order of rows.
 
     One forward a batch; what is read is then kept in host memory in float32: rows x D numbers, or with every token or
     attention tokens x D. Collective; every rank trains the same probe on ``device``, in float64, and gets it. Raises

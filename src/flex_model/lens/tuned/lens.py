@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from flex_model import FlexModel, FlexModelError
 from flex_model.lens.logit import LogitLens, Unembedding, divergence, read_layers
-from flex_model.lens.ranks import Ranks
 from flex_model.lens.tokens import chosen_rows, whole_mask
-from flex_model.lens.tuned_files import read_translators, write_lens
-from flex_model.lens.tuned_fit import Forward, LensTraining, MakeOptimizer, Settings, Training, sgd
+from flex_model.lens.tuned.files import read_translators, write_lens
+from flex_model.lens.tuned.fit import Forward, LensTraining, MakeOptimizer, Settings, Training, sgd
+from flex_model.lens.tuned.ranks import Ranks
 
 __all__ = ["TunedLens"]
 
@@ -102,7 +102,7 @@ class TunedLens(nn.Module):
 
         ``optimizer`` is called with the parameters of one translator, for each. Its learning rate goes down to zero in
         a line (``decay``), and the gradient of all translators together is clipped to the norm ``clip``; these and
-        ``sgd`` are what the paper has.
+        ``sgd`` are what the authors' package has.
 
         Every rank trains every W-th translator, on the whole batch: the parameters are those of one process, and no
         gradients move. Optimizers must therefore be alike on all ranks.
@@ -151,7 +151,8 @@ class TunedLens(nn.Module):
 
         The translators get their gradients, whole and equal on all ranks; the model gets none of the lens's, as
         residuals are detached and the unembedding is a copy of what it is on entering. Every rank computes the loss of
-        all layers on the whole batch: ``tokens`` makes it cheaper, and wants another ``seed`` at every step.
+        all layers on the whole batch: ``tokens`` makes it cheaper, and wants another ``seed`` at every step. That the
+        unembedding gives the model's own logits is not checked here, as it is by ``fit`` and by calling the lens.
         """
         fm = self.model
         if not any(m is self for m in fm.trainable_modules.values()):

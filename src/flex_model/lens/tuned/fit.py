@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,9 +16,10 @@ from torch import Tensor, nn
 from flex_model import FlexModel, FlexModelError
 from flex_model.lens.logit import Unembedding, divergence
 from flex_model.lens.progress import progress_bar
-from flex_model.lens.ranks import Ranks
 from flex_model.lens.result import Result, grid, long_table, whole
 from flex_model.lens.tokens import chosen_rows, whole_mask
+from flex_model.lens.tuned.checkpoint import Checkpoint
+from flex_model.lens.tuned.ranks import Ranks
 from flex_model.routing.watch import mark_shared
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ Write = Callable[[int, Tensor, Tensor], None]  # the weight and the bias of a tr
 
 
 def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Nesterov momentum with the learning rate 1, which torch's SGD has as 1 - momentum; as in Belrose et al."""
+    """Nesterov momentum; the rate is 1, less what torch's SGD adds to it by momentum. As in the authors' package."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
 
 
@@ -128,16 +126,17 @@ class Training:
             raise FlexModelError(f"every={every!r}: expected a positive number of steps.", page="bad-argument")
         steps = self.settings.steps
         with self.ranks.telling():
-            if folder is not None:
-                self._resume(folder)
+            checkpoint = None if folder is None else Checkpoint(folder, self.ranks, asdict(self.settings))
+            if checkpoint is not None:
+                self._resume(checkpoint)
             start = len(self.loss)
             stream = islice(_endless(batches), start, None)
             with _evaluating(self.fm), progress_bar(steps, "tuned lens", progress, done=start) as show:
                 for number in range(start, steps):
                     self._step(number, _next(stream, number, steps))
                     show(f"loss {float(self.loss[-1].mean()):.4f}")
-                    if folder is not None and ((number + 1) % every == 0 or number + 1 == steps):
-                        self._keep(folder)
+                    if checkpoint is not None and ((number + 1) % every == 0 or number + 1 == steps):
+                        self._keep(checkpoint)
             self.give_back()
         return LensTraining(torch.stack(self.loss).float())
 
@@ -216,39 +215,19 @@ class Training:
                     self.write(index, theirs[: width * width].view(width, width), theirs[width * width :])
 
     # -- checkpoints -------------------------------------------------------------------------------------------
-    # A translator has a file, whoever trains it, so that any number of ranks can go on. `run.json` is written last.
-    def _keep(self, folder: Path) -> None:
-        done = len(self.loss)
-        here = folder / f"step-{done}"
-        here.mkdir(parents=True, exist_ok=True)
-        for own in self.own:
-            state = {"translator": own.translator.state_dict(), "optimizer": own.optimizer.state_dict()}
-            torch.save(state, here / f"{own.index}.pt")
-        self.ranks.gather(torch.tensor([done]), "a checkpoint of a tuned lens")
-        if self.ranks.index == 0:
-            run = {"done": done, "settings": asdict(self.settings), "loss": torch.stack(self.loss).tolist()}
-            (folder / "run.json.new").write_text(json.dumps(run))
-            os.replace(folder / "run.json.new", folder / "run.json")
-            for old in (p for p in folder.glob("step-*") if p != here):
-                shutil.rmtree(old)
+    def _keep(self, checkpoint: Checkpoint) -> None:
+        states = {
+            o.index: {"translator": o.translator.state_dict(), "optimizer": o.optimizer.state_dict()} for o in self.own
+        }
+        checkpoint.write(torch.stack(self.loss), states)
 
-    def _resume(self, folder: Path) -> None:
-        file = folder / "run.json"
-        run = json.loads(file.read_text()) if file.exists() else None
-        if run is None:
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        loss = checkpoint.losses()
+        if loss is None:
             return
-        mine = asdict(self.settings)
-        other = [f"{name}={run['settings'].get(name)!r}" for name in mine if run["settings"].get(name) != mine[name]]
-        if other:
-            raise FlexModelError(
-                f"the checkpoint in {str(folder)!r} is of a run with {', '.join(other)}; give the same, or another "
-                f"folder.",
-                page="bad-argument",
-            )
-        self.loss = list(torch.tensor(run["loss"], dtype=torch.float64))
+        self.loss = list(loss)
         for own in self.own:
-            path = folder / f"step-{run['done']}" / f"{own.index}.pt"
-            state = torch.load(path, weights_only=True, map_location=self.unembed.device)
+            state = checkpoint.state(own.index, len(loss), self.unembed.device)
             own.translator.load_state_dict(state["translator"])
             own.optimizer.load_state_dict(state["optimizer"])
 
