@@ -129,10 +129,10 @@ def _ablated(engine: str, path: str) -> list[float]:
     fm, errors = FlexModel(model), []
     for branch, before, after in (("attn_out", "resid_pre", "resid_mid"), ("mlp_out", "resid_mid", "resid_post")):
         want = _without(branch, models.make("llama"), lambda m: m(**batch).logits)
-        around = fm.capture(fm.at(before, 1), fm.at(after, 1))
-        with torch.no_grad(), fm.edit(fm.at(branch, 1), edits.zero()), around as acts:
+        stream = fm.at(before, 1), fm.at(after, 1)
+        with torch.no_grad(), fm.edit(fm.at(branch, 1), edits.zero()), fm.capture(*stream) as acts:
             logits = fm.full_output(fm(**mine(batch))).logits
-        assert torch.equal(acts[fm.at(before, 1)], acts[fm.at(after, 1)])  # type: ignore[arg-type]
+        assert torch.equal(*(acts[place] for place in stream))  # type: ignore[arg-type]
         errors.append(relative_error(logits, want))
     return errors
 
