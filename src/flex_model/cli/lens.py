@@ -73,11 +73,9 @@ def lens(
 def run(job: Job) -> None:
     """One process's part."""
     desk, words = Desk(job.spread.processes, job.out), Words(job.folder)
-    with desk.busy(f"loading {job.name} {job.spread}"):
-        module = job.spread.load(job.folder)
-        fm = FlexModel(module)
+    fm = desk.load(job.name, job.folder, job.spread)
     batch = words.batch(job.prompts)
-    mine = job.spread.mine(module, batch)
+    mine = job.spread.mine(fm.module, batch)
     read: Callable[..., LogitLens] = partial(logit_lens, fm) if job.tuned is None else _tuned(job, desk, fm, words)
     found = read(**mine)
     for i, prompt in enumerate(job.prompts):

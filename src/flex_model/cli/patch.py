@@ -10,7 +10,6 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from flex_model import FlexModel
 from flex_model.cli.models import ModelError
 from flex_model.cli.spread import Fsdp, Pp, Spread, Tp
 from flex_model.cli.start import Cache, Desk, Model, Out, prepared, run_on, told
@@ -79,15 +78,13 @@ def patch(
 def run(job: Job) -> None:
     """One process's part."""
     desk, words = Desk(job.spread.processes, job.out), Words(job.folder)
-    with desk.busy(f"loading {job.name} {job.spread}"):
-        module = job.spread.load(job.folder)
-        fm = FlexModel(module)
+    fm = desk.load(job.name, job.folder, job.spread)
     right, wrong = (words.one(word, "a word") for word in job.words)
 
     def difference(logits: Tensor) -> Tensor:
         return (logits[:, -1, right] - logits[:, -1, wrong]).mean()
 
-    clean, corrupted = (job.spread.mine(module, words.batch([p])) for p in job.prompts)
+    clean, corrupted = (job.spread.mine(fm.module, words.batch([p])) for p in job.prompts)
     sweep: Any = attribution_patching if job.estimate else activation_patching
     found: Patching = sweep(fm, clean, corrupted, difference, component=job.component, over=job.over)
     labels = [words.show(int(t)) for t in words.batch([job.prompts[1]])["input_ids"][0]]

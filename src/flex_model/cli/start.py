@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from flex_model import FlexModel
 from flex_model.cli.models import find_model, require
 from flex_model.cli.processes import start
 from flex_model.cli.spread import Spread
@@ -68,6 +69,10 @@ class Desk:
         """Something that takes a while, without a bar of its own."""
         with Console(stderr=True, quiet=not self.first).status(what):
             yield
+
+    def load(self, name: str, folder: Path, spread: Spread) -> FlexModel:
+        with self.busy(f"loading {name} {spread}"):
+            return FlexModel(spread.load(folder))
 
     def write(self, name: str, figure: Figure, table: Any) -> None:
         """A picture, as a page and static where that can be drawn, and its table."""

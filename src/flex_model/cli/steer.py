@@ -75,11 +75,9 @@ def steer(
 def run(job: Job) -> None:
     """One process's part."""
     desk, words = Desk(job.spread.processes, job.out), Words(job.folder)
-    with desk.busy(f"loading {job.name} {job.spread}"):
-        module = job.spread.load(job.folder)
-        fm = FlexModel(module)
+    fm = desk.load(job.name, job.folder, job.spread)
     toward, away, prompt = (
-        job.spread.mine(module, words.batch(texts)) for texts in (job.toward, job.away, [job.prompt])
+        job.spread.mine(fm.module, words.batch(texts)) for texts in (job.toward, job.away, [job.prompt])
     )
     found = steering_vector(fm, toward, away, layer=job.layer)
     texts = []
