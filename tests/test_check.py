@@ -269,6 +269,17 @@ def test_nothing_is_left_behind() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_places_stand_for_their_modules() -> None:
+    fm = FlexModel(models.make("llama"))
+    batch = models.inputs("llama")
+    for patterns in (fm.at("z", 1), [fm.at("z", 1), "lm_head"]):
+        with record(fm, patterns=patterns, grad=False) as run, torch.no_grad():
+            fm(**batch)
+        names = {place.name for place in run}
+        assert "model.layers.1.self_attn.o_proj" in names and ("lm_head" in names) == isinstance(patterns, list)
+    assert fm.check(batch, patterns=fm.at("mlp_out"), reference=models.make("llama"), loss=lambda o: o.logits.mean()).ok
+
+
 def test_frozen_models_and_own_losses() -> None:
     model = models.net().requires_grad_(False)
     report = FlexModel(model).check(models.tokens(), reference=models.net().requires_grad_(False))

@@ -16,6 +16,7 @@ from flex_model.check.reference import NoReference, make_reference
 from flex_model.check.replicas import parameter_rows, trainable_rows
 from flex_model.check.report import Report
 from flex_model.check.run import Place, Run
+from flex_model.components.place import Place as At
 from flex_model.core.naming.globs import Pattern
 from flex_model.routing.collectives import all_gather_objects
 from flex_model.trees import find_leaves
@@ -37,7 +38,7 @@ def check(
     inputs: Any,
     *,
     reference: Reference = None,
-    patterns: Pattern = "**",
+    patterns: Pattern | At = "**",
     rtol: float | None = None,
     loss: Loss | None = None,
     grad: bool = True,
@@ -65,7 +66,7 @@ def _run(
     fm: FlexModel,
     inputs: Any,
     reference: Reference,
-    patterns: Pattern,
+    patterns: Pattern | At,
     rtol: float | None,
     loss: Loss | None,
     grad: bool,
@@ -141,7 +142,7 @@ def _undisturbed(fm: FlexModel) -> Iterator[None]:
             module.training = training
 
 
-def _run_plain(fm: FlexModel, batch: Any, patterns: Pattern, loss: Loss | None, grad: bool) -> Run:
+def _run_plain(fm: FlexModel, batch: Any, patterns: Pattern | At, loss: Loss | None, grad: bool) -> Run:
     fm.eval()
     args, kwargs = batch
     with record(fm, None, patterns, grad=grad) as run:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flex_model.check.measure import Statistics, measure
 from flex_model.check.run import Place, Run, What
+from flex_model.components.place import Place as At
+from flex_model.core.asked import modules_of
 from flex_model.core.captured import Captured
 from flex_model.core.hook_function import Site
 from flex_model.core.naming.globs import Pattern
@@ -36,7 +38,7 @@ Events = dict[tuple[str, str], None]  # (side, name) in the order of the forward
 def record(
     fm: FlexModel,
     path: str | Path | None = None,
-    patterns: Pattern = "**",
+    patterns: Pattern | At = "**",
     *,
     grad: bool = True,
     note: str = "",
@@ -51,7 +53,7 @@ def record(
     they are: each rank measures its own shards, and what is added up is some 70 numbers a value. All ranks enter and
     leave the block.
     """
-    run = Run(about=_about(fm, note))
+    run, patterns = Run(about=_about(fm, note)), modules_of(patterns)
     events: Events = {}
     grad = grad and not (fm._runtime.whole.stage_axis is not None and fm._runtime.engines.no_backward)
     # On a model that trains, gradients that exist without us: others, on ranks that share a frozen value, are in parts.

@@ -13,7 +13,7 @@ from flex_model.core.naming.globs import Pattern
 from flex_model.core.naming.names import Names
 from flex_model.errors import RegistrationError
 
-__all__ = ["Asked", "asked"]
+__all__ = ["Asked", "asked", "modules_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,15 @@ def asked(
             found += [Asked(key, clean, hook_type, unpack_idx, select) for key, clean in pairs]
     once = {(a.name if a.spot is None else a.key, a.spot is None): a for a in reversed(found)}
     return list(once.values())[::-1]
+
+
+def modules_of(patterns: Pattern | Place | Iterable[Pattern | Place]) -> Pattern:
+    """Places as the names of the modules they are in, for what is about whole modules; patterns as they are."""
+    if isinstance(patterns, str) or callable(patterns):
+        return patterns
+    given = [patterns] if isinstance(patterns, Place) else list(_flat(patterns))
+    names: list[Any] = [n for p in given for n in ([s.name for s in p.spots] if isinstance(p, Place) else [p])]
+    return list(dict.fromkeys(names))
 
 
 def _flat(patterns: Iterable[Pattern | Place]) -> Iterator[Pattern | Place]:

@@ -512,7 +512,7 @@ class FlexModel(nn.Module):
         inputs: Any,
         *,
         reference: nn.Module | Callable[[], nn.Module] | Literal[False] | None = None,
-        patterns: Pattern = "**",
+        patterns: Pattern | Place = "**",
         rtol: float | None = None,
         loss: Callable[[Any], Tensor] | None = None,
         grad: bool = True,
