@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Moments"]
 
+_BLOCK = 1 << 18  # numbers at a time, so that they stay in the cache
+
 
 @dataclass(slots=True)
 class Moments:
@@ -34,10 +36,17 @@ class Moments:
 
     @classmethod
     def of(cls, rows: Tensor) -> Moments:
-        """Of ``(rows, width)`` with at least one row."""
+        """Of ``(rows, width)``."""
+        whole = cls.zeros(rows.shape[1])
+        for block in rows.split(max(1, _BLOCK // rows.shape[1])):
+            whole.merge(cls._of_block(block))
+        return whole
+
+    @classmethod
+    def _of_block(cls, rows: Tensor) -> Moments:
         import numpy as np
 
-        wide = rows.to(torch.float64)
+        wide = rows.to(torch.float64, copy=True)
         mean = wide.mean(0)
         m2 = wide.sub_(mean).square_().sum(0)
         return cls(np.full(rows.shape[1], float(len(rows))), mean.numpy(), m2.numpy())
