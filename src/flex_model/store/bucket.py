@@ -21,8 +21,8 @@ _SCHEMES = ("s3://", "gs://")
 class Bucket(Place):
     """Objects below a URL. An object is put as a whole, so that a segment is held in memory until it is closed.
 
-    ``s3://``: keys and region from the usual environment (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ...), another server than
-    Amazon's from ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``.
+    ``s3://``: keys and region from the usual environment (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ...), another server
+    than Amazon's from ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``.
     """
 
     buffers = True
@@ -61,6 +61,9 @@ class Bucket(Place):
             with telling(f"{self.url} cannot be opened"):
                 self._opened = _tensorstore().KvStore.open(self.spec).result()
         return self._opened
+
+    def make(self) -> None:
+        """A bucket is made by its owner."""
 
     def read(self, name: str) -> bytes | None:
         found = self._files.read(name).result()

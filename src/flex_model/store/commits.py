@@ -1,4 +1,4 @@
-"""Commits: tables of what was written up to a step. Each rank writes its own, one rank joins them, and then it counts."""
+"""Commits: what was written up to a step. Each rank writes a table of its own; one rank joins them, and then it counts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FOLDER = re.compile(r"segments/[\w-]+/[\w-][\w.-]*")  # never out of the store
 
 
 class Run(NamedTuple):
-    """``count`` rows of a part of a step, from row ``first`` of a segment (its number in the commit)."""
+    """``length`` rows of a part of a step, from row ``first`` of a segment (its number in the commit)."""
 
     segment: int
     step: int
     part: int
     first: int
-    count: int
+    length: int
 
 
 @dataclass(slots=True)
@@ -115,15 +115,15 @@ def _check_whole(commit: Commit, sites: Mapping[str, StoredSite]) -> None:
     for run in commit.runs:
         segment = commit.segments[run.segment]
         part = found.setdefault((run.step, run.part), {})
-        part.setdefault(segment.site, []).append((segment.start, segment.stop, run.count))
-    for (step, part), held in sorted(found.items()):
+        part.setdefault(segment.site, []).append((segment.start, segment.stop, run.length))
+    for (step, number), held in sorted(found.items()):
         counts = sorted({count for pieces in held.values() for _, _, count in pieces})
         if len(counts) > 1:
-            _refuse(step, part, f"its sites have {' and '.join(map(str, counts))} rows; expected one number of rows")
+            _refuse(step, number, f"its sites have {' and '.join(map(str, counts))} rows; expected one number of rows")
         for name, site in sites.items():
             if not _tiles(held.get(name, ()), site.width):
                 has = ", ".join(f"{a} to {b}" for a, b, _ in sorted(held.get(name, ()))) or "none"
-                _refuse(step, part, f"{name!r} has columns {has}; expected 0 to {site.width}, each once")
+                _refuse(step, number, f"{name!r} has columns {has}; expected 0 to {site.width}, each once")
 
 
 def _tiles(pieces: Iterable[tuple[int, int, int]], width: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
     >>> for batch in torch.utils.data.DataLoader(data, batch_size=None, num_workers=2): # doctest: +SKIP
     ...     train(batch["mlp"])
 
-    Blocks of ``block`` rows are put in an order drawn from the seed and the epoch, and the rows of each ``buffer`` blocks are
-    mixed; only these are in memory. ``ranks`` data-parallel ranks get equally many rows, no row twice; what is left out in an
-    epoch is fewer rows than there are ranks, and with ``drop_last`` those after the last full batch of each rank.
+    Blocks of ``block`` rows are put in an order drawn from the seed and the epoch, and the rows of each ``buffer``
+    blocks are mixed; only these are in memory. ``ranks`` data-parallel ranks get equally many rows, no row twice;
+    what is left out in an epoch is fewer rows than there are ranks, and with ``drop_last`` those after the last full
+    batch of each rank.
 
-    The batches of a rank do not depend on the number of DataLoader workers, so that (epoch, batches taken) is all there is to
-    resume: ``state_dict``. Without workers an epoch ends by setting the next; with workers, call ``set_epoch``, as for torch's
-    DistributedSampler. The store is read as of when the dataset was made.
+    The batches of a rank do not depend on the number of DataLoader workers, so that (epoch, batches taken) is all
+    there is to resume: ``state_dict``. Without workers an epoch ends by setting the next; with workers, call
+    ``set_epoch``, as for torch's DistributedSampler. The store is read as of when the dataset was made.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
     ) -> None:
         if min(batch_size, block, buffer, ranks) < 1 or not 0 <= rank < ranks:
             raise StoreError(
-                f"expected sizes from 1 and a rank below ranks, got batch_size={batch_size}, block={block}, buffer={buffer}, "
-                f"rank={rank}, ranks={ranks}.",
+                f"expected sizes from 1 and a rank below ranks, got batch_size={batch_size}, block={block}, "
+                f"buffer={buffer}, rank={rank}, ranks={ranks}.",
                 page="bad-argument",
             )
         self.names = [*(store.sites if sites is None else sites), *columns]
@@ -60,7 +61,9 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         self._rows, self._drop_last = len(store), drop_last
         self._batch_size, self._block, self._buffer = batch_size, block, buffer
         self._seed, self._rank, self._ranks = seed, rank, ranks
-        self._place = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, batches taken: workers that stay see it
+        self._place = torch.zeros(
+            2, dtype=torch.int64
+        ).share_memory_()  # epoch, batches taken: workers that stay see it
 
     @property
     def epoch(self) -> int:
@@ -76,7 +79,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         return mine // self._batch_size if self._drop_last else -(-mine // self._batch_size)
 
     def state_dict(self, *, batches: int | None = None) -> dict[str, int]:
-        """Where the loop is. ``batches``: how many it took in this epoch, to be given with workers, which read ahead."""
+        """Where the loop is. ``batches``: how many it took of this epoch; give it with workers, which read ahead."""
         taken = int(self._place[1]) if batches is None else batches
         return {"epoch": self.epoch, "batches": taken, "seed": self._seed, "rows": self._rows}
 
@@ -154,7 +157,9 @@ class _Order:
         places = np.arange(number * size, min(mine, (number + 1) * size)) + data._rank * mine
         block = np.searchsorted(self._starts, places, side="right") - 1
         rows = self._blocks[block] * data._block + places - self._starts[block]
-        mixed: NDArray[np.int64] = np.random.default_rng([data._seed, self._epoch, data._rank, number]).permutation(rows)
+        mixed: NDArray[np.int64] = np.random.default_rng([data._seed, self._epoch, data._rank, number]).permutation(
+            rows
+        )
         return mixed
 
 

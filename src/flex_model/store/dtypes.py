@@ -40,7 +40,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         return np.dtype(name)
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, name))
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return found
 
 
 def as_torch(rows: NDArray[Any], name: str) -> Tensor:
@@ -54,7 +55,7 @@ def as_torch(rows: NDArray[Any], name: str) -> Tensor:
 
 
 def row_bytes(rows: Any, name: str) -> NDArray[np.uint8]:
-    """A copy of ``(rows, columns)`` in host memory as bytes ``(rows, columns * itemsize)``; the dtype must be ``name``."""
+    """A copy of ``(rows, ...)`` in host memory as bytes ``(rows, columns * itemsize)``; the dtype must be ``name``."""
     tensor = rows if isinstance(rows, Tensor) else _from_numpy(rows)
     found = str(tensor.dtype).removeprefix("torch.")
     if found != name:

@@ -94,7 +94,9 @@ def unpack(data: bytes, *, what: str) -> Any:
         packed = json.loads(data)
         body, check = packed["body"], packed["check"]
     except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{what} is no JSON of a store; bring the file back from a copy.", page="store-damaged") from None
+        raise StoreError(
+            f"{what} is no JSON of a store; bring the file back from a copy.", page="store-damaged"
+        ) from None
     if checksum(_canonical(body)) != check:
         raise StoreError(
             f"{what} is not what was written: its checksum differs; bring the file back from a copy.",

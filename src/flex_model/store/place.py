@@ -29,7 +29,7 @@ def telling(what: str) -> Iterator[None]:
     except StoreError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
         raise StoreError(
             f"{what}: {why.rstrip('.')}; what was committed stays readable: make room or put the place right, then "
             f"StoreWriter.resume.",
@@ -51,6 +51,10 @@ class Place(ABC):
     """A store's files."""
 
     buffers = False  # whether a file that is being appended to is held in memory until it is closed
+
+    @abstractmethod
+    def make(self) -> None:
+        """Be there, for a new store."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
@@ -95,6 +99,9 @@ class Folder(Place):
 
     def __str__(self) -> str:
         return str(self.root)
+
+    def make(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str) -> bytes | None:
         try:

@@ -37,8 +37,8 @@ class ActivationStore:
     ((81920, 576), 'bfloat16')
     >>> store["mlp"][:4], store["mlp"].torch([5, 3]), store.columns["token_ids"][:4]    # doctest: +SKIP
 
-    ``sites``: names; ``columns``: side columns by name; ``about``: what the writer said. Raises StoreError where there is no
-    store, or a damaged one, and RowError for a row or name that it does not have.
+    ``sites``: names; ``columns``: side columns by name; ``about``: what the writer said. Raises StoreError where
+    there is no store, or a damaged one, and RowError for a row or name that it does not have.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -139,8 +139,8 @@ class _Files:
 class StoredRows:
     """One site, or one side column, of a store: ``rows[...]`` is numpy, ``rows.torch(...)`` a tensor.
 
-    An int gives one row, a slice or a list of rows (list, array, tensor; negative from the end; a mask is none) several, in
-    the order asked for. Only these are read. numpy knows bf16 and fp8 by ml_dtypes.
+    An int gives one row, a slice or a list of rows (list, array, tensor; negative from the end; a mask is none)
+    several, in the order asked for. Only these are read. numpy knows bf16 and fp8 by ml_dtypes.
     """
 
     def __init__(self, name: str, site: StoredSite, store: ActivationStore) -> None:
@@ -199,7 +199,7 @@ class StoredRows:
             return np.arange(*rows.indices(size), dtype=np.int64)
         found = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
         if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-            raise RowError(f"{self.name!r}: expected an int, a slice or a list of ints, got {type(rows).__name__} of {found.dtype}.")
+            raise RowError(f"{self.name!r}: expected an int, a slice or a list of ints, got a {type(rows).__name__}.")
         found = found.astype(np.int64)
         wrong = found[(found < -size) | (found >= size)]
         if len(wrong):

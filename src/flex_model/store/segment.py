@@ -1,7 +1,7 @@
 """``Segment``: rows and columns of one site that one rank wrote, as a zarr v3 array of one shard.
 
-The shard's inner chunks are whole rows, uncompressed and in order, so that its file is the rows one after another and then
-the index of the chunks. It is written by appending and read by mapping it, and any reader of zarr reads it.
+The shard's inner chunks are whole rows, uncompressed and in order, so that its file is the rows one after another and
+then the index of the chunks. It is written by appending and read by mapping it, and any reader of zarr reads it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class SegmentWriter:
         index = np.stack([np.arange(chunks) * size, np.full(chunks, size)], axis=1)  # (chunks, 2): offset, length
         self._put(index.astype("<u8").tobytes())
         self._file.close()
-        done = Segment(draft.folder, draft.site, draft.dtype, draft.start, draft.stop, self.rows, self._hash.hexdigest())
+        done = Segment(
+            draft.folder, draft.site, draft.dtype, draft.start, draft.stop, self.rows, self._hash.hexdigest()
+        )
         about = self._place.appending(f"{draft.folder}/zarr.json")
         about.append(json.dumps(done.metadata()).encode())
         about.close(durable=False)  # this library does not read it

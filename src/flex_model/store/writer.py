@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from flex_model.errors import StoreError
 from flex_model.store import commits
-from flex_model.store.commits import Commit, Run
-from flex_model.store.dtypes import as_torch, numpy_dtype, row_bytes
+from flex_model.store.commits import Commit
+from flex_model.store.dtypes import numpy_dtype, row_bytes
+from flex_model.store.lane import Folders, Lane, LaneKey
 from flex_model.store.manifest import Manifest, StoredSite
-from flex_model.store.moments import Moments
 from flex_model.store.place import Place, open_place, telling
 from flex_model.store.queue import WriteQueue
-from flex_model.store.segment import Segment, SegmentWriter
 
 __all__ = ["StoreWriter"]
 
@@ -38,14 +36,14 @@ class StoreWriter:
     ...         writer.commit(step)
     >>> writer.close()                                                                  # doctest: +SKIP
 
-    With several ranks: rank 0 calls ``create`` or ``resume`` and then, after a barrier, the others ``join``. Each appends
-    its own: of a data-parallel rank its ``part`` of the step's rows, of a tensor-parallel one its columns. At a commit all
-    ranks ``commit(step)`` and then, after a barrier, one ``publish(step)``; with one rank ``commit`` does both. Rows count
-    once they are published, and are in the order of the data: by step, and within it by part.
+    With several ranks: rank 0 calls ``create`` or ``resume`` and then, after a barrier, the others ``join``. Each
+    appends its own: of a data-parallel rank its ``part`` of the step's rows, of a tensor-parallel one its columns. At
+    a commit all ranks ``commit(step)`` and then, after a barrier, one ``publish(step)``; with one rank ``commit``
+    does both. Rows count once they are published, and are in the order of the data: by step, and within it by part.
 
     A segment (one file of one site) ends at ``segment_bytes`` and at every commit, so that a commit should hold some
-    hundred MiB a rank. In a bucket segments are smaller, for they are in memory until they are put: all of it, queue and
-    segments, is within about ``queue_bytes``.
+    hundred MiB a rank. In a bucket segments are smaller, for they are in memory until they are put: all of it, queue
+    and segments, is within about ``queue_bytes``.
 
     Raises StoreError in the next ``append`` or ``commit`` if the disk or the network failed.
     """
@@ -60,7 +58,6 @@ class StoreWriter:
         ranks: int,
         segment_bytes: int,
         queue_bytes: int,
-        threads: int,
     ) -> None:
         self.sites, self.columns, self.about = manifest.sites, manifest.columns, manifest.about
         self.rank, self.ranks = rank, ranks
@@ -69,10 +66,10 @@ class StoreWriter:
             queue_bytes = max(1, queue_bytes // 2)
             segment_bytes = max(1, min(segment_bytes, queue_bytes // len(self._all)))
         self._segment_bytes = segment_bytes
-        self._queue = WriteQueue(queue_bytes, threads=threads)
-        self._lanes: dict[tuple[str, int, int], _Lane] = {}
-        self._seen: dict[tuple[int, int], tuple[int, set[tuple[str, int, int]]]] = {}  # since the last commit
-        self._segments = 0
+        self._queue = WriteQueue(queue_bytes)
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._seen: dict[tuple[int, int], tuple[int, set[LaneKey]]] = {}  # since the last commit
+        self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
         self._closed = False
         self._committed = max(commits.committed_steps(place), default=-1)
 
@@ -88,25 +85,25 @@ class StoreWriter:
         ranks: int = 1,
         segment_bytes: int = 1 << 28,
         queue_bytes: int = 1 << 30,
-        threads: int = 2,
     ) -> StoreWriter:
-        """A new store in a folder or at a URL, called by one rank. ``columns``: dtypes of side columns, one number a row;
-        ``about``: JSON for whoever reads it, such as the model's name and revision."""
+        """A new store in a folder or at a URL, called by one rank.
+
+        ``columns``: dtypes of side columns, one number a row. ``about``: JSON for whoever reads it, such as the
+        model's name and revision.
+        """
         place = open_place(path)
         told = json.loads(json.dumps({**_about(), **(about or {})}, default=str))
         manifest = Manifest(dict(sites), {n: StoredSite((), d) for n, d in (columns or {}).items()}, told)
         if not sites or manifest.sites.keys() & manifest.columns.keys():
             raise StoreError("expected at least one site, and columns of other names.", page="bad-argument")
         with telling(f"{place} cannot be made a store"):
-            if isinstance(path, (str, Path)) and place.read("manifest.json") is not None:
+            if place.read("manifest.json") is not None:
                 raise StoreError(f"{place} is a store already; resume it, or choose another path.", page="store-exists")
-            if hasattr(place, "root"):
-                place.root.mkdir(parents=True, exist_ok=True)
+            place.make()
             place.write(_SESSION, json.dumps({"session": 0}).encode())
             manifest.save(place)
-        return cls(
-            place, manifest, 0, rank=rank, ranks=ranks, segment_bytes=segment_bytes, queue_bytes=queue_bytes, threads=threads
-        )
+        limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
+        return cls(place, manifest, 0, rank=rank, ranks=ranks, **limits)
 
     @classmethod
     def resume(
@@ -117,27 +114,18 @@ class StoreWriter:
         ranks: int = 1,
         segment_bytes: int = 1 << 28,
         queue_bytes: int = 1 << 30,
-        threads: int = 2,
     ) -> StoreWriter:
-        """Go on after the last whole commit, called by one rank; also with another number of ranks, parts or another split.
+        """Go on after the last whole commit, called by one rank; also with other ranks, parts or splits of columns.
 
-        What lies beyond that commit is removed. Go on at ``writer.next_step``. A writer that still runs on this store is
-        refused its next commit.
+        What lies beyond that commit is removed. Go on at ``writer.next_step``. A writer that still runs on this store
+        is refused its next commit.
         """
         place, manifest, session = _opened(path)
         with telling(f"{place} cannot be resumed"):
             place.write(_SESSION, json.dumps({"session": session + 1}).encode())
             commits.drop_uncommitted(place)
-            return cls(
-                place,
-                manifest,
-                session + 1,
-                rank=rank,
-                ranks=ranks,
-                segment_bytes=segment_bytes,
-                queue_bytes=queue_bytes,
-                threads=threads,
-            )
+        limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
+        return cls(place, manifest, session + 1, rank=rank, ranks=ranks, **limits)
 
     @classmethod
     def join(
@@ -148,20 +136,11 @@ class StoreWriter:
         ranks: int,
         segment_bytes: int = 1 << 28,
         queue_bytes: int = 1 << 30,
-        threads: int = 2,
     ) -> StoreWriter:
         """Write beside the rank that called ``create`` or ``resume``, after it."""
         place, manifest, session = _opened(path)
-        return cls(
-            place,
-            manifest,
-            session,
-            rank=rank,
-            ranks=ranks,
-            segment_bytes=segment_bytes,
-            queue_bytes=queue_bytes,
-            threads=threads,
-        )
+        limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
+        return cls(place, manifest, session, rank=rank, ranks=ranks, **limits)
 
     @property
     def next_step(self) -> int:
@@ -178,13 +157,14 @@ class StoreWriter:
     ) -> None:
         """Rows of one part of a step; blocks while the queue is full.
 
-        ``values``: by site, a tensor or array ``(rows, ...)``, or with the slice of the flattened row's columns that it is.
-        ``columns``: side columns ``(rows,)``. Both are copied. Sites of one part may come in several calls.
+        ``values``: by site, a tensor or array ``(rows, ...)``, or with the slice of the flattened row's columns that
+        it is. ``columns``: side columns ``(rows,)``. Both are copied. Sites of one part may come in several calls.
         """
         self._check_open()
         if not isinstance(step, int) or step <= self._committed or part < 0:
             raise StoreError(
-                f"expected a step from {self.next_step} and a part from 0, got {step!r} and {part!r}.", page="bad-argument"
+                f"expected a step from {self.next_step} and a part from 0, got {step!r} and {part!r}.",
+                page="bad-argument",
             )
         for name, value in {**values, **(columns or {})}.items():
             rows, lane = self._placed(name, value)
@@ -192,7 +172,7 @@ class StoreWriter:
             if len(rows):
                 self._put(step, part, lane, rows)
 
-    def _placed(self, name: str, value: Any) -> tuple[Any, tuple[str, int, int]]:
+    def _placed(self, name: str, value: Any) -> tuple[Any, LaneKey]:
         """The rows, and which columns of which site they are."""
         rows, where = value if isinstance(value, tuple) else (value, slice(None))
         if name not in self._all:
@@ -204,13 +184,13 @@ class StoreWriter:
             found *= size
         if rows.ndim == 0 or stride != 1 or stop <= start or found != stop - start:
             raise StoreError(
-                f"{name!r}: expected rows of {stop - start} numbers (columns {start} to {stop} of {width}), got a value of "
-                f"shape {tuple(rows.shape)}.",
+                f"{name!r}: expected rows of {stop - start} numbers (columns {start} to {stop} of {width}), got shape "
+                f"{tuple(rows.shape)}.",
                 page="bad-argument",
             )
         return rows, (name, start, stop)
 
-    def _note(self, step: int, part: int, lane: tuple[str, int, int], count: int) -> None:
+    def _note(self, step: int, part: int, lane: LaneKey, count: int) -> None:
         known, lanes = self._seen.setdefault((step, part), (count, set()))
         if known != count or lane in lanes:
             raise StoreError(
@@ -219,10 +199,10 @@ class StoreWriter:
             )
         lanes.add(lane)
 
-    def _put(self, step: int, part: int, key: tuple[str, int, int], rows: Any) -> None:
+    def _put(self, step: int, part: int, key: LaneKey, rows: Any) -> None:
         site = self._all[key[0]]
         size = len(rows) * (key[2] - key[1]) * numpy_dtype(site.dtype).itemsize
-        lane = self._lanes.get(key) or self._lanes.setdefault(key, _Lane(self, key))
+        lane = self._lanes.get(key) or self._lanes.setdefault(key, self._new_lane(key))
         self._queue.reserve(size)
         try:
             data = row_bytes(rows, site.dtype)
@@ -231,11 +211,15 @@ class StoreWriter:
             raise
         self._queue.put(key, lambda: lane.append(step, part, data), reserved=size)
 
-    def _folder(self, site: str) -> str:
-        """Of a new segment; no other session or rank makes the same."""
-        self._segments += 1
-        name = re.sub(r"[^\w.-]", "_", site, flags=re.ASCII)[:80]
-        return f"segments/{self._session:04d}-{self.rank:05d}/{self._segments:06d}-{name}"
+    def _new_lane(self, key: LaneKey) -> Lane:
+        return Lane(
+            self._place,
+            key,
+            self._all[key[0]].dtype,
+            folders=self._folders,
+            segment_bytes=self._segment_bytes,
+            moments=key[0] in self.sites,
+        )
 
     def commit(self, step: int) -> None:
         """Write this rank's table of all steps up to ``step``, after the rows themselves; with one rank, publish it."""
@@ -286,7 +270,9 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(drop=error is not None)
 
     def _check_open(self) -> None:
@@ -299,40 +285,6 @@ class StoreWriter:
             raise StoreError(
                 f"{self._place}: another writer took this store over; one at a time may write it.", page="store-taken"
             )
-
-
-class _Lane:
-    """Some columns of a site, since the last commit; works in its thread of the queue."""
-
-    def __init__(self, writer: StoreWriter, key: tuple[str, int, int]) -> None:
-        self._writer, self._key = writer, key
-        self._site = writer._all[key[0]]
-        self._open: SegmentWriter | None = None
-        self.segments: list[Segment] = []
-        self.runs: list[Run] = []
-        self.moments = Moments.zeros(key[2] - key[1]) if key[0] in writer.sites else None
-
-    def append(self, step: int, part: int, data: Any) -> None:
-        name, start, stop = self._key
-        with telling(f"{self._writer._place} cannot be written"):
-            if self._open is None:
-                folder = self._writer._folder(name)
-                at = (start, stop)
-                self._open = SegmentWriter(
-                    self._writer._place, folder, site=name, dtype=self._site.dtype, columns=at
-                )
-            self.runs.append(Run(len(self.segments), step, part, self._open.rows, len(data)))
-            self._open.append(data)
-            if self._open.bytes >= self._writer._segment_bytes:
-                self.close()
-        if self.moments is not None:
-            self.moments.merge(Moments.of(as_torch(data.view(numpy_dtype(self._site.dtype)), self._site.dtype)))
-
-    def close(self) -> None:
-        with telling(f"{self._writer._place} cannot be written"):
-            if self._open is not None:
-                self.segments.append(self._open.close())
-                self._open = None
 
 
 def _opened(path: str | Path) -> tuple[Place, Manifest, int]:
@@ -353,6 +305,8 @@ def _session(place: Place) -> int:
 
 def _about() -> dict[str, Any]:
     """Of this process."""
-    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "flex_model")}
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    loaded = {
+        name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "flex_model")
+    }
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return {**{k: v for k, v in loaded.items() if v}, "python": platform.python_version(), "created": now}
