@@ -253,7 +253,8 @@ class StoreWriter:
         """Make the commit of all ranks count, called by one rank after all have committed."""
         with telling(f"{self._place} cannot be written"):
             self._check_session()
-            commits.join_ranks(self._place, step, ranks=self.ranks, session=self._session, sites=self._all)
+            if step not in commits.committed_steps(self._place):  # with one rank it is there since commit
+                commits.join_ranks(self._place, step, ranks=self.ranks, session=self._session, sites=self._all)
 
     def close(self, *, drop: bool = False) -> None:
         """End the threads. Rows that are not committed are lost, and refused without ``drop=True``."""
