@@ -94,8 +94,8 @@ def test_an_error_in_a_thread_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
     writer = create(tmp_path / "acts")
     monkeypatch.setattr(SegmentWriter, "append", broken)
-    append(writer, 1, 0)
     with pytest.raises(StoreError, match="RuntimeError: no such luck"):
+        append(writer, 1, 0)
         writer.commit(1)
     writer.close(drop=True)
 
@@ -140,18 +140,16 @@ def test_more_than_the_queue_goes_alone() -> None:
 
 
 def test_flipped_bytes(tmp_path: Path) -> None:
-    write(tmp_path / "acts", 8)
+    write(tmp_path / "acts", 8, every=8)  # of statistics only the last are read
     files = [p for p in sorted((tmp_path / "acts").rglob("*")) if p.is_file() and p.name not in ("zarr.json", "session.json")]
-    assert len(files) > 10
+    assert len(files) >= 8
     for path in files:
         good = path.read_bytes()
         for at in sorted({0, len(good) // 2, len(good) - 2}):
             path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-            if path.suffix == ".safetensors":
-                continue  # statistics: see below
             with pytest.raises(StoreError) as told:
                 ActivationStore(tmp_path / "acts").verify()
-            assert told.value.page == "store-damaged" and path.name in str(told.value)
+            assert told.value.page == "store-damaged" and str(path.relative_to(tmp_path / "acts")) in str(told.value)
         path.write_bytes(good)
     check_equal(tmp_path / "acts", expected(8, 1))
 

@@ -116,6 +116,9 @@ class _Object(Appending):
         self._pieces = []
         self._bucket.write(self._name, data)
 
+    def drop(self) -> None:
+        self._pieces = []
+
 
 def _tensorstore() -> Any:
     try:

@@ -11,7 +11,7 @@ from flex_model.errors import StoreError
 from flex_model.store.manifest import StoredSite, pack, unpack
 from flex_model.store.moments import Moments
 from flex_model.store.place import Place
-from flex_model.store.segment import Segment
+from flex_model.store.segment import Segment, checksum
 
 __all__ = ["Commit", "Run", "committed_steps", "drop_uncommitted", "join_ranks", "load_moments", "save_moments"]
 
@@ -35,6 +35,7 @@ class Commit:
     step: int
     segments: list[Segment] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    moments: str = ""  # the checksum of the statistics of all rows so far
 
     def add(self, other: Commit) -> None:
         shift = len(self.segments)
@@ -43,7 +44,7 @@ class Commit:
 
     def save(self, place: Place, name: str, **more: Any) -> None:
         listed = [segment.to_json() for segment in self.segments]
-        place.write(name, pack({"step": self.step, "segments": listed, "runs": self.runs, **more}))
+        place.write(name, pack({"step": self.step, "segments": listed, "runs": self.runs, "moments": self.moments, **more}))
 
     @classmethod
     def load(cls, place: Place, step: int) -> Commit:
@@ -65,7 +66,7 @@ class Commit:
                     f"step {body['step']} names the segment {segment.folder!r}; expected a folder in segments/.",
                     page="store-damaged",
                 )
-        return cls(body["step"], segments, [Run(*run) for run in body["runs"]])
+        return cls(body["step"], segments, [Run(*run) for run in body["runs"]], body["moments"])
 
 
 def folder(step: int) -> str:
@@ -89,10 +90,10 @@ def join_ranks(place: Place, step: int, *, ranks: int, session: int, sites: Mapp
         whole.add(Commit.from_json(table))
     _check_whole(whole, sites)
     before = [s for s in committed_steps(place) if s < step]
-    moments = load_moments(place, before[-1]) if before else {}
+    moments = load_moments(place, Commit.load(place, before[-1])) if before else {}
     for rank, table in enumerate(tables):
-        _merge(moments, _arrays(place, rank_file(step, rank, "safetensors")), table["moments"], sites)
-    save_moments(place, f"{folder(step)}/moments.safetensors", moments)
+        _merge(moments, _arrays(place, rank_file(step, rank, "safetensors"), table["moments"]), table["lanes"], sites)
+    whole.moments = save_moments(place, f"{folder(step)}/moments.safetensors", moments)
     whole.save(place, f"{folder(step)}/done.json")
     place.remove([n for n in place.listing(folder(step)) if n.rpartition("/")[2].startswith("rank-")])
 
@@ -139,32 +140,34 @@ def _refuse(step: int, part: int, why: str) -> None:
     raise StoreError(f"step {step}, part {part}: {why}; have every rank append what it holds.", page="store-incomplete")
 
 
-def save_moments(place: Place, name: str, moments: Mapping[str, Moments]) -> None:
+def save_moments(place: Place, name: str, moments: Mapping[str, Moments]) -> str:
+    """The file's checksum."""
     from safetensors.numpy import save
 
-    place.write(name, save({f"{kind}/{n}": getattr(m, kind) for n, m in moments.items() for kind in _KINDS}))
+    data = save({f"{kind}/{n}": getattr(m, kind) for n, m in moments.items() for kind in _KINDS})
+    place.write(name, data)
+    return checksum(data)
 
 
 _KINDS = ("count", "mean", "m2")
 
 
-def load_moments(place: Place, step: int) -> dict[str, Moments]:
+def load_moments(place: Place, commit: Commit) -> dict[str, Moments]:
     """By site, of all rows up to a commit."""
-    arrays = _arrays(place, f"{folder(step)}/moments.safetensors")
+    arrays = _arrays(place, f"{folder(commit.step)}/moments.safetensors", commit.moments)
     names = [name.removeprefix("count/") for name in arrays if name.startswith("count/")]
     return {name: Moments(*(arrays[f"{kind}/{name}"].copy() for kind in _KINDS)) for name in names}
 
 
-def _arrays(place: Place, name: str) -> Any:
-    from safetensors import SafetensorError
+def _arrays(place: Place, name: str, check: str) -> Any:
     from safetensors.numpy import load
 
-    try:
-        return load(place.read(name) or b"")
-    except SafetensorError:
+    data = place.read(name)
+    if data is None or checksum(data) != check:
         raise StoreError(
-            f"{place}/{name} is damaged or gone; bring it back from a copy.", page="store-damaged"
-        ) from None
+            f"{place}/{name} is not what was written; bring it back from a copy.", page="store-damaged"
+        )
+    return load(data)
 
 
 def _merge(

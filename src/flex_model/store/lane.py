@@ -62,3 +62,9 @@ class Lane:
             with telling(f"{self._place} cannot be written"):
                 self.segments.append(self._open.close())
             self._open = None
+
+    def drop(self) -> None:
+        """Let the open segment go unfinished, and its room on the disk with it when it is removed."""
+        if self._open is not None:
+            self._open.drop()
+        self._open = None

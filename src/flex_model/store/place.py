@@ -46,6 +46,10 @@ class Appending(ABC):
     @abstractmethod
     def close(self, *, durable: bool = True) -> None: ...
 
+    @abstractmethod
+    def drop(self) -> None:
+        """Instead of ``close``: nothing needs it."""
+
 
 class Place(ABC):
     """A store's files."""
@@ -114,9 +118,13 @@ class Folder(Place):
         # by process and thread: several ranks may write one folder
         part = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.part")
         file = _AppendingFile(part, self.root)
-        file.append(data)
-        file.close()
-        os.replace(part, target)
+        try:
+            file.append(data)
+            file.close()
+            os.replace(part, target)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
         _sync_folder(target.parent)
 
     def appending(self, name: str) -> Appending:
@@ -165,6 +173,9 @@ class _AppendingFile(Appending):
                 os.fsync(file.fileno())
         if durable:
             _sync_folder(self._folder)
+
+    def drop(self) -> None:
+        self._file.close()
 
 
 def _sync_folder(folder: Path) -> None:

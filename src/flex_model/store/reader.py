@@ -49,7 +49,7 @@ class ActivationStore:
         self.sites: list[str] = list(manifest.sites)
         self.columns: Mapping[str, StoredRows] = {name: self._rows[name] for name in manifest.columns}
         self._index = Index.of([])
-        self._steps: list[int] = []
+        self._commit = Commit(-1)  # the last
         self.refresh()
 
     def __getitem__(self, site: str) -> StoredRows:
@@ -66,12 +66,12 @@ class ActivationStore:
 
     def refresh(self) -> None:
         """Take in what was committed since."""
-        self._index, self._steps = self._files.index()
+        self._index, self._commit = self._files.index()
 
     @property
     def last_step(self) -> int:
         """Of the last commit; -1 before the first."""
-        return self._steps[-1] if self._steps else -1
+        return self._commit.step
 
     def step(self, step: int) -> range:
         """The rows of a step; none if it had none."""
@@ -80,7 +80,9 @@ class ActivationStore:
         return range(int(mine[0, 2]), int(mine[-1, 2:].sum())) if len(mine) else range(0)
 
     def verify(self) -> int:
-        """Compare every segment with its checksum, and say how many were; raises StoreError that names what differs."""
+        """Compare every segment with its checksum; their number. Raises StoreError that names what differs."""
+        if self._commit.moments:
+            commits.load_moments(self._files.place, self._commit)
         wrong = []
         for segment in self._index.segments:
             with telling(f"{self._files.place}/{segment.data} cannot be read"):
@@ -96,7 +98,7 @@ class ActivationStore:
         return len(self._index.segments)
 
     def _moments(self, site: str) -> Moments:
-        found = commits.load_moments(self._files.place, self._steps[-1]) if self._steps else {}
+        found = commits.load_moments(self._files.place, self._commit) if self._commit.moments else {}
         if site not in found:
             raise RowError(f"{site!r} has no statistics: it has no rows yet, or is a side column.")
         return found[site]
@@ -119,10 +121,11 @@ class _Files:
             raise StoreError(f"{self.place} is no store; expected a manifest.json in it.", page="store-exists")
         return manifest
 
-    def index(self) -> tuple[Index, list[int]]:
+    def index(self) -> tuple[Index, Commit]:
+        """And the last commit."""
         with telling(f"{self.place} cannot be read"):
-            steps = commits.committed_steps(self.place)
-            return Index.of([Commit.load(self.place, step) for step in steps]), steps
+            found = [Commit.load(self.place, step) for step in commits.committed_steps(self.place)]
+        return Index.of(found), found[-1] if found else Commit(-1)
 
     def rows(self, index: Index, number: int, rows: Any) -> Any:
         """Rows of a segment."""

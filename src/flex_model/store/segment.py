@@ -112,6 +112,9 @@ class SegmentWriter:
         self._hash.update(data)
         self.bytes += len(data)
 
+    def drop(self) -> None:
+        self._file.drop()
+
     def close(self) -> Segment:
         """Fill the last chunk, write the index, and make the file last."""
         import numpy as np

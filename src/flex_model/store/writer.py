@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import sys
@@ -122,8 +123,7 @@ class StoreWriter:
         """
         place, manifest, session = _opened(path)
         with telling(f"{place} cannot be resumed"):
-            place.write(_SESSION, json.dumps({"session": session + 1}).encode())
-            commits.drop_uncommitted(place)
+            _take(place, session + 1)
         limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
         return cls(place, manifest, session + 1, rank=rank, ranks=ranks, **limits)
 
@@ -246,8 +246,9 @@ class StoreWriter:
             table.add(Commit(step, lane.segments, lane.runs))
         held = {key: lane.moments for key, lane in self._lanes.items() if lane.moments is not None}
         named = {str(number): moments for number, moments in enumerate(held.values())}
-        commits.save_moments(self._place, commits.rank_file(step, self.rank, "safetensors"), named)
-        table.save(self._place, commits.rank_file(step, self.rank), session=self._session, moments=list(held))
+        file = commits.rank_file(step, self.rank, "safetensors")
+        table.moments = commits.save_moments(self._place, file, named)
+        table.save(self._place, commits.rank_file(step, self.rank), session=self._session, lanes=list(held))
 
     def publish(self, step: int) -> None:
         """Make the commit of all ranks count, called by one rank after all have committed."""
@@ -267,6 +268,8 @@ class StoreWriter:
             )
         self._closed = True
         self._queue.stop()
+        for lane in self._lanes.values():
+            lane.drop()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -295,6 +298,19 @@ def _opened(path: str | Path) -> tuple[Place, Manifest, int]:
         if manifest is None:
             raise StoreError(f"{place} is no store; make one with StoreWriter.create.", page="store-exists")
         return place, manifest, _session(place)
+
+
+def _take(place: Place, session: int) -> None:
+    """First of all tell a writer that still runs; on a full disk there is no room for that before some was made."""
+    told = json.dumps({"session": session}).encode()
+    try:
+        place.write(_SESSION, told)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        commits.drop_uncommitted(place)
+        place.write(_SESSION, told)
+    commits.drop_uncommitted(place)
 
 
 def _session(place: Place) -> int:
