@@ -141,7 +141,9 @@ def test_more_than_the_queue_goes_alone() -> None:
 
 def test_flipped_bytes(tmp_path: Path) -> None:
     write(tmp_path / "acts", 8, every=8)  # of statistics only the last are read
-    files = [p for p in sorted((tmp_path / "acts").rglob("*")) if p.is_file() and p.name not in ("zarr.json", "session.json")]
+    files = [
+        p for p in sorted((tmp_path / "acts").rglob("*")) if p.is_file() and p.name not in ("zarr.json", "session.json")
+    ]
     assert len(files) >= 8
     for path in files:
         good = path.read_bytes()

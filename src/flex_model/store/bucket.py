@@ -53,6 +53,8 @@ class Bucket(Place):
             found |= {"endpoint": endpoint.rstrip("/")}
         if endpoint or region:
             found |= {"aws_region": region or "us-east-1"}
+        if os.environ.get("AWS_ACCESS_KEY_ID"):  # else tensorstore looks in files and asks the machine
+            found |= {"aws_credentials": {"type": "environment"}}
         return found
 
     @property

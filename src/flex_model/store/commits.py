@@ -44,7 +44,9 @@ class Commit:
 
     def save(self, place: Place, name: str, **more: Any) -> None:
         listed = [segment.to_json() for segment in self.segments]
-        place.write(name, pack({"step": self.step, "segments": listed, "runs": self.runs, "moments": self.moments, **more}))
+        place.write(
+            name, pack({"step": self.step, "segments": listed, "runs": self.runs, "moments": self.moments, **more})
+        )
 
     @classmethod
     def load(cls, place: Place, step: int) -> Commit:
@@ -164,9 +166,7 @@ def _arrays(place: Place, name: str, check: str) -> Any:
 
     data = place.read(name)
     if data is None or checksum(data) != check:
-        raise StoreError(
-            f"{place}/{name} is not what was written; bring it back from a copy.", page="store-damaged"
-        )
+        raise StoreError(f"{place}/{name} is not what was written; bring it back from a copy.", page="store-damaged")
     return load(data)
 
 

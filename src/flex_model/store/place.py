@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -85,6 +86,9 @@ class Place(ABC):
 
 def open_place(path: str | Path) -> Place:
     """By path or URL (``file://``, ``s3://``, ``gs://``)."""
+    missing = [name for name in ("numpy", "ml_dtypes", "safetensors", "xxhash") if find_spec(name) is None]
+    if missing:
+        raise StoreError(f"a store needs {', '.join(missing)}; install flex-model[store].", page="not-installed")
     scheme, _, rest = str(path).partition("://")
     if not rest:
         return Folder(Path(path))
@@ -157,7 +161,7 @@ class Folder(Place):
 class _AppendingFile(Appending):
     def __init__(self, path: Path, root: Path) -> None:
         if not root.is_dir():
-            raise FileNotFoundError(2, f"the folder {root} is gone")
+            raise StoreError(f"the folder {root} is gone; bring it back, then StoreWriter.resume.")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb", buffering=0)
         self._folder = path.parent
