@@ -118,7 +118,8 @@ def main() -> None:
             assert (np.asarray(read(BATCHES[0])).view(np.uint16) == right).all() and found.shape == (256, WIDTH)
             shutil.rmtree(folder)
     print(
-        f"best of {args.rounds}; load average {os.getloadavg()[0]:.1f}\n| way | write, MiB/s | random rows, MiB/s |\n|---|---|---|"
+        f"best of {args.rounds}; load average {os.getloadavg()[0]:.1f}\n"
+        "| way | write, MiB/s | random rows, MiB/s |\n|---|---|---|"
     )
     for name, pairs in times.items():
         write, rows = (min(column) for column in zip(*pairs, strict=True))

@@ -153,7 +153,8 @@ for folder in sorted(Path(sys.argv[1]).glob("segments/*/*")):
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}
     array = tensorstore.open(spec).result()
     rows = array.read().result()
-    print(json.dumps([json.loads((folder / "zarr.json").read_text())["attributes"]["site"], rows.astype("f8").tolist()]))
+    site = json.loads((folder / "zarr.json").read_text())["attributes"]["site"]
+    print(json.dumps([site, rows.astype("f8").tolist()]))
 """
     command = [sys.executable, "-c", code, str(tmp_path / "acts")]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout

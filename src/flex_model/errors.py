@@ -144,7 +144,7 @@ class DeliveryError(FlexModelError, KeyError):
 
 
 class StoreError(FlexModelError, RuntimeError):
-    """A store of activations cannot be written or read: its place failed, or what lies there is not what was written."""
+    """A store of activations cannot be written or read: its place failed, or is not what was written."""
 
     page = "store-place"
 

@@ -1,4 +1,4 @@
-"""Commits: what was written up to a step. Each rank writes a table of its own; one rank joins them, and then it counts."""
+"""Commits: what was written up to a step. Each rank writes a table of its own; one joins them, and then it counts."""
 
 from __future__ import annotations
 
