@@ -250,21 +250,22 @@ def test_a_step_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     writer = create(tmp_path / "acts")
     rows = torch.zeros(3, 8, dtype=torch.bfloat16)
+    writer.append(1, {"mlp": rows})
     for match, step, given in [
         ("'up' is none of the store's", 0, {"up": rows}),
-        ("expected dtype bfloat16, got float32", 0, {"mlp": rows.float()}),
+        ("'mlp': expected dtype bfloat16, got float32; convert", 0, {"mlp": rows.float()}),
         (r"columns 0 to 8 of 8\), got shape \(3, 4\)", 1, {"mlp": rows[:, :4]}),
         (r"columns 2 to 4 of 8\), got shape \(3, 8\)", 1, {"mlp": (rows, slice(2, 4))}),
         ("expected a step from 0", -1, {"mlp": rows}),
         ("'heads' has 2 rows; expected it once, with 3 rows", 2, {"mlp": rows, "heads": torch.zeros(2, 4, 3)}),
-        ("'mlp' has 3 rows; expected it once, with 3 rows", 2, {"mlp": rows}),
+        ("'mlp' has 3 rows; expected it once, with 3 rows", 1, {"mlp": rows}),
     ]:
         with pytest.raises(StoreError, match=match) as told:
             writer.append(step, given)
         assert told.value.page == "bad-argument"
-    with pytest.raises(StoreError, match="expected to commit a step from 2, got 1"):
-        writer.commit(1)
-    with pytest.raises(StoreError, match=r"rows up to step 2 are not committed"):
+    with pytest.raises(StoreError, match="expected to commit a step from 1, got 0"):
+        writer.commit(0)
+    with pytest.raises(StoreError, match=r"rows up to step 1 are not committed"):
         writer.close()
     writer.close(drop=True)
     with pytest.raises(StoreError, match="is closed"):

@@ -54,12 +54,9 @@ def as_torch(rows: NDArray[Any], name: str) -> Tensor:
     return torch.from_numpy(rows.view(carrier)).view(getattr(torch, name))
 
 
-def row_bytes(rows: Any, name: str) -> NDArray[np.uint8]:
-    """A copy of ``(rows, ...)`` in host memory as bytes ``(rows, columns * itemsize)``; the dtype must be ``name``."""
+def row_bytes(rows: Any) -> NDArray[np.uint8]:
+    """A copy of ``(rows, ...)`` in host memory as bytes ``(rows, columns * itemsize)``."""
     tensor = rows if isinstance(rows, Tensor) else _from_numpy(rows)
-    found = str(tensor.dtype).removeprefix("torch.")
-    if found != name:
-        raise StoreError(f"expected dtype {name}, got {found}; convert with .to(torch.{name}).", page="bad-argument")
     flat = tensor.detach().to("cpu", copy=True).reshape(tensor.shape[0], -1).contiguous()
     if flat.numel() == 0:
         return torch.empty(flat.shape[0], flat.shape[1] * flat.element_size(), dtype=torch.uint8).numpy()

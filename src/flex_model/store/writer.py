@@ -6,8 +6,9 @@ import errno
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from flex_model.errors import StoreError
 from flex_model.store import commits
 from flex_model.store.commits import Commit
-from flex_model.store.dtypes import numpy_dtype, row_bytes
+from flex_model.store.dtypes import dtype_name, numpy_dtype, row_bytes
 from flex_model.store.lane import Folders, Lane, LaneKey
 from flex_model.store.manifest import Manifest, StoredSite
 from flex_model.store.place import Place, open_place, telling
@@ -69,7 +70,7 @@ class StoreWriter:
         self._segment_bytes = segment_bytes
         self._queue = WriteQueue(queue_bytes)
         self._lanes: dict[LaneKey, Lane] = {}
-        self._seen: dict[tuple[int, int], tuple[int, set[LaneKey]]] = {}  # since the last commit
+        self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
         self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
         self._closed = False
         self._committed = max(commits.committed_steps(place), default=-1)
@@ -166,9 +167,9 @@ class StoreWriter:
                 f"expected a step from {self.next_step} and a part from 0, got {step!r} and {part!r}.",
                 page="bad-argument",
             )
-        for name, value in {**values, **(columns or {})}.items():
-            rows, lane = self._placed(name, value)
-            self._note(step, part, lane, len(rows))
+        placed = [self._placed(name, value) for name, value in {**values, **(columns or {})}.items()]
+        self._note(step, part, [(lane, len(rows)) for rows, lane in placed])
+        for rows, lane in placed:
             if len(rows):
                 self._put(step, part, lane, rows)
 
@@ -179,25 +180,31 @@ class StoreWriter:
             raise StoreError(f"{name!r} is none of the store's: {', '.join(self._all)}.", page="bad-argument")
         width = self._all[name].width
         start, stop, stride = where.indices(width)
-        found = 1
-        for size in rows.shape[1:]:
-            found *= size
-        if rows.ndim == 0 or stride != 1 or stop <= start or found != stop - start:
+        if rows.ndim == 0 or stride != 1 or stop <= start or prod(rows.shape[1:]) != stop - start:
             raise StoreError(
                 f"{name!r}: expected rows of {stop - start} numbers (columns {start} to {stop} of {width}), got shape "
                 f"{tuple(rows.shape)}.",
                 page="bad-argument",
             )
-        return rows, (name, start, stop)
-
-    def _note(self, step: int, part: int, lane: LaneKey, count: int) -> None:
-        known, lanes = self._seen.setdefault((step, part), (count, set()))
-        if known != count or lane in lanes:
+        dtype = self._all[name].dtype
+        if dtype_name(rows.dtype) != dtype:
             raise StoreError(
-                f"step {step}, part {part}: {lane[0]!r} has {count} rows; expected it once, with {known} rows.",
+                f"{name!r}: expected dtype {dtype}, got {dtype_name(rows.dtype)}; convert with .to(torch.{dtype}).",
                 page="bad-argument",
             )
-        lanes.add(lane)
+        return rows, (name, start, stop)
+
+    def _note(self, step: int, part: int, given: Sequence[tuple[LaneKey, int]]) -> None:
+        """That these lanes are there; none of them if one is refused."""
+        known, lanes = self._seen.get((step, part), (given[0][1] if given else 0, frozenset()))
+        for lane, count in given:
+            if known != count or lane in lanes:
+                raise StoreError(
+                    f"step {step}, part {part}: {lane[0]!r} has {count} rows; expected it once, with {known} rows.",
+                    page="bad-argument",
+                )
+        if given:
+            self._seen[step, part] = known, lanes.union(lane for lane, _ in given)
 
     def _put(self, step: int, part: int, key: LaneKey, rows: Any) -> None:
         site = self._all[key[0]]
@@ -205,7 +212,7 @@ class StoreWriter:
         lane = self._lanes.get(key) or self._lanes.setdefault(key, self._new_lane(key))
         self._queue.reserve(size)
         try:
-            data = row_bytes(rows, site.dtype)
+            data = row_bytes(rows)
         except BaseException:
             self._queue.put(key, lambda: None, reserved=size)
             raise
