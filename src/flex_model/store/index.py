@@ -63,13 +63,14 @@ class Index:
         counts = np.zeros(len(places), np.int64)
         counts[of_run] = runs[:, 4]
         starts = np.cumsum(counts) - counts
-        keys: dict[tuple[str, int, int], list[int]] = {}
-        for number, segment in enumerate(whole.segments):
-            keys.setdefault((segment.site, segment.start, segment.stop), []).append(number)
+        keys: dict[tuple[str, int, int], int] = {}
+        of_segment = [keys.setdefault((s.site, s.start, s.stop), len(keys)) for s in whole.segments]
+        of_lane = np.array(of_segment, np.int64)[runs[:, 0]]
+        order = np.lexsort((starts[of_run], of_lane))
+        bounds = np.searchsorted(of_lane[order], np.arange(len(keys) + 1))
         lanes: dict[str, list[Lane]] = {}
-        for (site, start, stop), numbers in keys.items():
-            mine = np.flatnonzero(np.isin(runs[:, 0], numbers))
-            mine = mine[np.argsort(starts[of_run[mine]])]
-            at, (segment_, _, _, first, count) = starts[of_run[mine]], runs[mine].T
-            lanes.setdefault(site, []).append(Lane((start, stop), at, count, segment_, first))
+        for (site, start, stop), number in keys.items():
+            mine = order[bounds[number] : bounds[number + 1]]
+            segment, _, _, first, count = runs[mine].T
+            lanes.setdefault(site, []).append(Lane((start, stop), starts[of_run[mine]], count, segment, first))
         return cls(whole.segments, np.column_stack([places, starts, counts]), lanes)
