@@ -204,8 +204,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         until = time.monotonic() + draw.uniform(0, 0.03 + 0.01 * kills)  # also a slow machine gets on
         while child.is_alive() and time.monotonic() < until:
             time.sleep(0.001)
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
         store = ActivationStore(path)
