@@ -21,7 +21,9 @@ __all__ = [
     "NameNotFoundError",
     "PeerError",
     "RegistrationError",
+    "RowError",
     "ShapeError",
+    "StoreError",
     "summary",
 ]
 
@@ -139,6 +141,18 @@ class DeliveryError(FlexModelError, KeyError):
     """A captured value was asked for where it was not delivered."""
 
     page = "not-delivered"
+
+
+class StoreError(FlexModelError, RuntimeError):
+    """A store of activations cannot be written or read: its place failed, or is not what was written."""
+
+    page = "store-place"
+
+
+class RowError(StoreError, IndexError):
+    """A row, or a name, that a store does not have."""
+
+    page = "row-unknown"
 
 
 class MissedHookWarning(UserWarning):

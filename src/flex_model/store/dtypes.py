@@ -1,0 +1,75 @@
+"""Dtypes by name, in torch, in numpy and on disk; and rows as bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flex_model.errors import StoreError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["DTYPES", "as_torch", "dtype_name", "numpy_dtype", "row_bytes"]
+
+_PLAIN = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+_ADDED = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")  # by ml_dtypes
+DTYPES = (*_PLAIN, *_ADDED)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Of a torch dtype, a numpy dtype or a name: the name.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise StoreError(f"dtype {name!r} cannot be stored; expected one of {', '.join(DTYPES)}.", page="bad-argument")
+    return name
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """numpy's own, or the one that ml_dtypes adds to numpy; little-endian, as torch's on all machines it runs on."""
+    import numpy as np
+
+    if name in _PLAIN:
+        return np.dtype(name)
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return found
+
+
+def as_torch(rows: NDArray[Any], name: str) -> Tensor:
+    """The same memory as a tensor; torch does not know numpy's added dtypes."""
+    import numpy as np
+
+    if name in _PLAIN:
+        return torch.from_numpy(rows)
+    carrier = np.uint16 if rows.dtype.itemsize == 2 else np.uint8
+    return torch.from_numpy(rows.view(carrier)).view(getattr(torch, name))
+
+
+def row_bytes(rows: Any) -> NDArray[np.uint8]:
+    """A copy of ``(rows, ...)`` in host memory as bytes ``(rows, columns * itemsize)``."""
+    tensor = rows if isinstance(rows, Tensor) else _from_numpy(rows)
+    flat = tensor.detach().to("cpu", copy=True).reshape(tensor.shape[0], -1).contiguous()
+    if flat.numel() == 0:
+        return torch.empty(flat.shape[0], flat.shape[1] * flat.element_size(), dtype=torch.uint8).numpy()
+    return flat.view(torch.uint8).numpy()
+
+
+def _from_numpy(rows: Any) -> Tensor:
+    import numpy as np
+
+    array = np.ascontiguousarray(rows)
+    return as_torch(array, dtype_name(array.dtype)) if array.size else torch.empty(array.shape, dtype=_torch(array))
+
+
+def _torch(array: NDArray[Any]) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtype_name(array.dtype))
+    return found

@@ -1,0 +1,336 @@
+"""``StoreWriter``: every rank writes the rows and columns that it holds, and nothing is gathered."""
+
+from __future__ import annotations
+
+import errno
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from flex_model.errors import StoreError
+from flex_model.store import commits
+from flex_model.store.commits import Commit
+from flex_model.store.dtypes import dtype_name, numpy_dtype, row_bytes
+from flex_model.store.lane import Folders, Lane, LaneKey
+from flex_model.store.manifest import Manifest, StoredSite
+from flex_model.store.place import Place, open_place, telling
+from flex_model.store.queue import WriteQueue
+
+__all__ = ["StoreWriter"]
+
+_SESSION = "session.json"
+
+
+class StoreWriter:
+    """Writes activations, step by step, in threads, with at most ``queue_bytes`` waiting.
+
+    >>> writer = StoreWriter.create("acts", sites={"mlp": StoredSite((576,), "bfloat16")},
+    ...                             columns={"token_ids": "int64"})                     # doctest: +SKIP
+    >>> for step, batch in enumerate(batches):                                          # doctest: +SKIP
+    ...     writer.append(step, {"mlp": rows}, columns={"token_ids": ids})
+    ...     if step % 100 == 99:
+    ...         writer.commit(step)
+    >>> writer.close()                                                                  # doctest: +SKIP
+
+    With several ranks: rank 0 calls ``create`` or ``resume`` and then, after a barrier, the others ``join``. Each
+    appends its own: of a data-parallel rank its ``part`` of the step's rows, of a tensor-parallel one its columns. At
+    a commit all ranks ``commit(step)`` and then, after a barrier, one ``publish(step)``; with one rank ``commit``
+    does both. Rows count once they are published, and are in the order of the data: by step, and within it by part.
+
+    A segment (one file of one site) ends at ``segment_bytes`` and at every commit, so that a commit should hold some
+    hundred MiB a rank. In a bucket segments are smaller, for they are in memory until they are put: all of it, queue
+    and segments, is within about ``queue_bytes``.
+
+    Raises StoreError in the next ``append`` or ``commit`` if the disk or the network failed.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        manifest: Manifest,
+        session: int,
+        *,
+        rank: int,
+        ranks: int,
+        segment_bytes: int,
+        queue_bytes: int,
+    ) -> None:
+        self.sites, self.columns, self.about = manifest.sites, manifest.columns, manifest.about
+        self.rank, self.ranks = rank, ranks
+        self._place, self._session, self._all = place, session, manifest.all
+        if place.buffers:
+            queue_bytes = max(1, queue_bytes // 2)
+            segment_bytes = max(1, min(segment_bytes, queue_bytes // len(self._all)))
+        self._segment_bytes = segment_bytes
+        self._queue = WriteQueue(queue_bytes)
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
+        self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
+        self._closed = False
+        self._committed = max(commits.committed_steps(place), default=-1)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        sites: Mapping[str, StoredSite],
+        columns: Mapping[str, Any] | None = None,
+        about: Mapping[str, Any] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        segment_bytes: int = 1 << 28,
+        queue_bytes: int = 1 << 30,
+    ) -> StoreWriter:
+        """A new store in a folder or at a URL, called by one rank.
+
+        ``columns``: dtypes of side columns, one number a row. ``about``: JSON for whoever reads it, such as the
+        model's name and revision.
+        """
+        place = open_place(path)
+        told = json.loads(json.dumps({**_about(), **(about or {})}, default=str))
+        manifest = Manifest(dict(sites), {n: StoredSite((), d) for n, d in (columns or {}).items()}, told)
+        if not sites or manifest.sites.keys() & manifest.columns.keys():
+            raise StoreError("expected at least one site, and columns of other names.", page="bad-argument")
+        with telling(f"{place} cannot be made a store"):
+            if place.read("manifest.json") is not None:
+                raise StoreError(f"{place} is a store already; resume it, or choose another path.", page="store-exists")
+            place.make()
+            place.write(_SESSION, json.dumps({"session": 0}).encode())
+            manifest.save(place)
+        limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
+        return cls(place, manifest, 0, rank=rank, ranks=ranks, **limits)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        segment_bytes: int = 1 << 28,
+        queue_bytes: int = 1 << 30,
+    ) -> StoreWriter:
+        """Go on after the last whole commit, called by one rank; also with other ranks, parts or splits of columns.
+
+        What lies beyond that commit is removed. Go on at ``writer.next_step``. A writer that still runs on this store
+        is refused its next commit.
+        """
+        place, manifest, session = _opened(path)
+        with telling(f"{place} cannot be resumed"):
+            _take(place, session + 1)
+        limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
+        return cls(place, manifest, session + 1, rank=rank, ranks=ranks, **limits)
+
+    @classmethod
+    def join(
+        cls,
+        path: str | Path,
+        *,
+        rank: int,
+        ranks: int,
+        segment_bytes: int = 1 << 28,
+        queue_bytes: int = 1 << 30,
+    ) -> StoreWriter:
+        """Write beside the rank that called ``create`` or ``resume``, after it."""
+        place, manifest, session = _opened(path)
+        limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
+        return cls(place, manifest, session, rank=rank, ranks=ranks, **limits)
+
+    @property
+    def next_step(self) -> int:
+        """The first step that is not committed."""
+        return self._committed + 1
+
+    @property
+    def bytes_waiting(self) -> int:
+        """Given to ``append`` and not written yet."""
+        return self._queue.bytes
+
+    def append(
+        self, step: int, values: Mapping[str, Any], *, part: int = 0, columns: Mapping[str, Any] | None = None
+    ) -> None:
+        """Rows of one part of a step; blocks while the queue is full.
+
+        ``values``: by site, a tensor or array ``(rows, ...)``, or with the slice of the flattened row's columns that
+        it is. ``columns``: side columns ``(rows,)``. Both are copied. Sites of one part may come in several calls.
+        """
+        self._check_open()
+        if not isinstance(step, int) or step <= self._committed or part < 0:
+            raise StoreError(
+                f"expected a step from {self.next_step} and a part from 0, got {step!r} and {part!r}.",
+                page="bad-argument",
+            )
+        placed = [self._placed(name, value) for name, value in {**values, **(columns or {})}.items()]
+        self._note(step, part, [(lane, len(rows)) for rows, lane in placed])
+        for rows, lane in placed:
+            if len(rows):
+                self._put(step, part, lane, rows)
+
+    def _placed(self, name: str, value: Any) -> tuple[Any, LaneKey]:
+        """The rows, and which columns of which site they are."""
+        rows, where = value if isinstance(value, tuple) else (value, slice(None))
+        if name not in self._all:
+            raise StoreError(f"{name!r} is none of the store's: {', '.join(self._all)}.", page="bad-argument")
+        width = self._all[name].width
+        start, stop, stride = where.indices(width)
+        if rows.ndim == 0 or stride != 1 or stop <= start or prod(rows.shape[1:]) != stop - start:
+            raise StoreError(
+                f"{name!r}: expected rows of {stop - start} numbers (columns {start} to {stop} of {width}), got shape "
+                f"{tuple(rows.shape)}.",
+                page="bad-argument",
+            )
+        dtype = self._all[name].dtype
+        if dtype_name(rows.dtype) != dtype:
+            raise StoreError(
+                f"{name!r}: expected dtype {dtype}, got {dtype_name(rows.dtype)}; convert with .to(torch.{dtype}).",
+                page="bad-argument",
+            )
+        return rows, (name, start, stop)
+
+    def _note(self, step: int, part: int, given: Sequence[tuple[LaneKey, int]]) -> None:
+        """That these lanes are there; none of them if one is refused."""
+        known, lanes = self._seen.get((step, part), (given[0][1] if given else 0, frozenset()))
+        for lane, count in given:
+            if known != count or lane in lanes:
+                raise StoreError(
+                    f"step {step}, part {part}: {lane[0]!r} has {count} rows; expected it once, with {known} rows.",
+                    page="bad-argument",
+                )
+        if given:
+            self._seen[step, part] = known, lanes.union(lane for lane, _ in given)
+
+    def _put(self, step: int, part: int, key: LaneKey, rows: Any) -> None:
+        site = self._all[key[0]]
+        size = len(rows) * (key[2] - key[1]) * numpy_dtype(site.dtype).itemsize
+        lane = self._lanes.get(key) or self._lanes.setdefault(key, self._new_lane(key))
+        self._queue.reserve(size)
+        try:
+            data = row_bytes(rows)
+        except BaseException:
+            self._queue.put(key, lambda: None, reserved=size)
+            raise
+        self._queue.put(key, lambda: lane.append(step, part, data), reserved=size)
+
+    def _new_lane(self, key: LaneKey) -> Lane:
+        return Lane(
+            self._place,
+            key,
+            self._all[key[0]].dtype,
+            folders=self._folders,
+            segment_bytes=self._segment_bytes,
+            moments=key[0] in self.sites,
+        )
+
+    def commit(self, step: int) -> None:
+        """Write this rank's table of all steps up to ``step``, after the rows themselves; with one rank, publish it."""
+        self._check_open()
+        latest = max((s for s, _ in self._seen), default=step)
+        if step <= self._committed or latest > step:
+            raise StoreError(
+                f"expected to commit a step from {max(latest, self.next_step)}, got {step}.", page="bad-argument"
+            )
+        with telling(f"{self._place} cannot be written"):
+            self._check_session()
+        for key, lane in self._lanes.items():
+            self._queue.put(key, lane.close)
+        self._queue.wait()
+        with telling(f"{self._place} cannot be written"):
+            self._save_table(step)
+        self._lanes, self._seen, self._committed = {}, {}, step
+        if self.ranks == 1:
+            self.publish(step)
+
+    def _save_table(self, step: int) -> None:
+        table = Commit(step)
+        for lane in self._lanes.values():
+            table.add(Commit(step, lane.segments, lane.runs))
+        held = {key: lane.moments for key, lane in self._lanes.items() if lane.moments is not None}
+        named = {str(number): moments for number, moments in enumerate(held.values())}
+        file = commits.rank_file(step, self.rank, "safetensors")
+        table.moments = commits.save_moments(self._place, file, named)
+        table.save(self._place, commits.rank_file(step, self.rank), session=self._session, lanes=list(held))
+
+    def publish(self, step: int) -> None:
+        """Make the commit of all ranks count, called by one rank after all have committed."""
+        with telling(f"{self._place} cannot be written"):
+            self._check_session()
+            if step not in commits.committed_steps(self._place):  # with one rank it is there since commit
+                commits.join_ranks(self._place, step, ranks=self.ranks, session=self._session, sites=self._all)
+
+    def close(self, *, drop: bool = False) -> None:
+        """End the threads. Rows that are not committed are lost, and refused without ``drop=True``."""
+        if self._closed:
+            return
+        if self._seen and not drop:
+            raise StoreError(
+                f"rows up to step {max(s for s, _ in self._seen)} are not committed; commit them, or close(drop=True).",
+                page="bad-argument",
+            )
+        self._closed = True
+        self._queue.stop()
+        for lane in self._lanes.values():
+            lane.drop()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(drop=error is not None)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError("this writer is closed; StoreWriter.resume opens the store again.", page="bad-argument")
+
+    def _check_session(self) -> None:
+        now = _session(self._place)
+        if now != self._session:
+            raise StoreError(
+                f"{self._place}: another writer took this store over; one at a time may write it.", page="store-taken"
+            )
+
+
+def _opened(path: str | Path) -> tuple[Place, Manifest, int]:
+    place = open_place(path)
+    with telling(f"{place} cannot be opened"):
+        manifest = Manifest.load(place)
+        if manifest is None:
+            raise StoreError(f"{place} is no store; make one with StoreWriter.create.", page="store-exists")
+        return place, manifest, _session(place)
+
+
+def _take(place: Place, session: int) -> None:
+    """First of all tell a writer that still runs; on a full disk there is no room for that before some was made."""
+    told = json.dumps({"session": session}).encode()
+    try:
+        place.write(_SESSION, told)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        commits.drop_uncommitted(place)
+        place.write(_SESSION, told)
+    commits.drop_uncommitted(place)
+
+
+def _session(place: Place) -> int:
+    data = place.read(_SESSION)
+    if data is None:
+        raise StoreError(f"{place} is gone, or {_SESSION} in it.", page="store-place")
+    return int(json.loads(data)["session"])
+
+
+def _about() -> dict[str, Any]:
+    """Of this process."""
+    loaded = {
+        name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "flex_model")
+    }
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**{k: v for k, v in loaded.items() if v}, "python": platform.python_version(), "created": now}
