@@ -22,7 +22,8 @@ from flex_model.lens import LogitLens, TunedLens, logit_lens
 
 __all__ = ["lens"]
 
-_WIDTH, _ROWS = 64, 4  # tokens of a text that a step trains on
+_WIDTH, _ROWS = 64, 4  # tokens of a text in a batch,
+_TOKENS = 64  # of which a step trains on so many: the unembedding is what takes time
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def lens(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="What a tuned lens is trained on; default: Python's own manual"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help=f"Of training, {_ROWS} x {_WIDTH} tokens each")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help=f"Of training, on {_TOKENS} tokens each")] = 40,
     tp: Tp = 1,
     fsdp: Fsdp = 1,
     pp: Pp = 1,
@@ -99,7 +100,7 @@ def _tuned(job: Job, desk: Desk, fm: FlexModel, words: Words) -> TunedLens:
     if (job.tuned / "config.json").exists():
         return TunedLens.load(fm, job.tuned)
     made = TunedLens(fm)
-    training = made.fit(_batches(job, fm, words), steps=job.steps)
+    training = made.fit(_batches(job, fm, words), steps=job.steps, tokens=_TOKENS)
     made.save(job.tuned)
     if desk.first:
         desk.write("training", training.plot(), training.to_dataframe())

@@ -13,7 +13,7 @@ from flex_model.edits import Preset, add
 from flex_model.edits.places import last_columns
 from flex_model.lens.inputs import Inputs, keywords
 from flex_model.lens.probes.fit import Recipe, fit
-from flex_model.lens.result import Result, grid, long_table, whole
+from flex_model.lens.result import Result, lines, long_table, whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,8 +43,13 @@ class SteeringVector(Result):
         return long_table(("unit",), weight=self.vector)
 
     def plot(self) -> Figure:
+        """All weights, sorted, with their units under the pointer."""
+        weights, units = self.vector.sort(descending=True)
         title = f"Steering vector, {self.component!r} of layer {self.layer}"
-        return grid(self.vector[None], title=title, x="unit", y="")
+        curve = {"weights": (torch.arange(len(weights)), weights)}
+        figure = lines(curve, title=title, x="units, sorted by weight", y="weight")
+        figure.update_traces(text=[f"unit {int(u)}" for u in units], hoverinfo="text+y", marker={"size": 4})
+        return figure
 
 
 @torch.no_grad()
