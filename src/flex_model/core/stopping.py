@@ -96,11 +96,19 @@ class Stopping:
             return
         modules = {id(b.module): b.module for b in self.runtime.installed.enabled if b.module is not None}
         layers = [m for w in self.runtime.sum_watches if (m := w.layer) is not None]
+        held = self.runtime.engines.held
+        around = {id(m) for h in held for m in (h.module, h.around)}
+        ends = {id(h.module): h for h in held if h.around is not h.module or h.answer is not None}
         for module in (*modules.values(), *layers):
-            self._handles.append(module.register_forward_pre_hook(self._passed(module, "in")))
-            self._handles.append(module.register_forward_hook(self._passed(module, "out")))
-        for held in self.runtime.engines.held:
-            self._guard(held)
+            key = id(module)
+            entered, left = (
+                self._passed((key, "in"), key in around, None),
+                self._passed((key, "out"), False, ends.get(key)),
+            )
+            self._handles.append(module.register_forward_pre_hook(entered))
+            self._handles.append(module.register_forward_hook(left))
+        for one in held:
+            self._guard(one)
 
     # -- a forward ---------------------------------------------------------------------------------------------
     def begin(self, call: ActiveCall) -> None:
@@ -125,10 +133,9 @@ class Stopping:
         self._waiting = {(id(b.module), b.side) for b in values if b.module is not None}
         self._waiting |= {(id(w.layer), "out") for w in runtime.sum_watches if w.layer is not None}
 
-    def _passed(self, module: nn.Module, side: str) -> Callable[..., None]:
-        place = (id(module), side)
-        ends = [h for h in self.runtime.engines.held if h.module is module and (h.around is not module or h.answer)]
-        entered = side == "in" and any(module in (h.module, h.around) for h in self.runtime.engines.held)
+    def _passed(self, place: Place, guarded: bool, ends: Held | None) -> Callable[..., None]:
+        """``guarded``: its own forward will find that nothing is waited for. ``ends``: whoever called it goes on, and
+        stops when that is done."""
 
         def passed(*_: Any) -> None:
             waiting = self._waiting
@@ -138,9 +145,9 @@ class Stopping:
             if waiting:
                 return
             self.cut = True
-            if side == "out" and ends:  # whoever called it goes on, and stops when that is done
-                self._unwinding = ends[0].answer is None
-            elif not entered:  # else its forward does not begin
+            if ends is not None:
+                self._unwinding = ends.answer is None
+            elif not guarded:
                 raise Stop
 
         return passed

@@ -1,4 +1,4 @@
-"""Analyses built on the public API only."""
+"""Analyses, built on the public API."""
 
 from flex_model.lens.attention import AttentionPatterns, attention_patterns
 from flex_model.lens.direct import DirectLogits, direct_logit_attribution
