@@ -14,6 +14,7 @@ __all__ = [
     "EngineError",
     "FlexModelError",
     "GroupError",
+    "HarvestError",
     "LayoutError",
     "MeshError",
     "MismatchError",
@@ -157,3 +158,9 @@ class RowError(StoreError, IndexError):
 
 class MissedHookWarning(UserWarning):
     """A hook is on and did not fire although it should have; the message says which, and why."""
+
+
+class HarvestError(FlexModelError, RuntimeError):
+    """Activations cannot go into rows: a site has none for a batch's tokens, or a run cannot be gone on with."""
+
+    page = "harvest-rows"

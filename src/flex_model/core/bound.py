@@ -9,11 +9,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from flex_model.core.hook_function import EditCall, HookFunction, HookType, Site
+from flex_model.layout.layout import Layout
 from flex_model.routing.delivery import Deliver
 from flex_model.routing.rows import RowSource
 from flex_model.routing.selection import Selection
 
-__all__ = ["WATCHED", "Bound", "Sink"]
+__all__ = ["WATCHED", "Bound", "ShardSink", "Sink"]
 
 WATCHED = "watched"
 
@@ -22,6 +23,15 @@ class Sink(Protocol):
     """Where captured values end up."""
 
     def put(self, key: str | Site, value: Any) -> None: ...
+
+
+class ShardSink(Protocol):
+    """Takes each rank's own shards, as soon as their layout is known and without any word between ranks.
+
+    ``local`` may be the model's own memory, which goes on changing.
+    """
+
+    def meet(self, key: str | Site, local: Tensor, layout: Layout) -> None: ...
 
 
 @dataclass(eq=False, slots=True)

@@ -54,6 +54,7 @@ def output_hook(runtime: Runtime, point: Point, bounds: Sequence[Bound]) -> Hook
         or bound.attached
         or bound.source is not None
         or bound.selection is not None
+        or bound.deliver == "shards"
         or hook.unpack_idx not in (0, "all")
         or hook.random
         or bound.may_write

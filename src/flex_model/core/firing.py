@@ -189,6 +189,9 @@ def _stage(
             return
         if taken is not None:
             (local, layout, finish), selected = taken, True
+    if bound.deliver == "shards" and (rows is not None or (layout is not None and call.place is None)):
+        runtime.outbox.hand_over(bound, key, local, layout, whole=finish is not None, rows=rows is not None)
+        return
     staged = Staged(bound, key, runtime.copies.take(local, runtime.keep_on(layout)), form, layout, selected=selected)
     staged.finish = finish
     staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from flex_model.components.finder import Finder, Layers
 from flex_model.components.place import Place
 from flex_model.core.around import capturing, editing
+from flex_model.core.block import hooks_on
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.captured import Captured
 from flex_model.core.groups import ALL
@@ -30,8 +31,6 @@ from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_ro
 from flex_model.core.runtime import Runtime
 from flex_model.core.sinks import OutputSink
 from flex_model.core.stopping import Stop
-from flex_model.core.sums import watched_sums
-from flex_model.core.unfired.missed import Block
 from flex_model.core.whole import full_batch, full_output, full_parameter, whole_module
 from flex_model.core.wrapping import check_sizes, largest_mesh, plain_keys, with_signature_of, wrapped_keys
 from flex_model.errors import RegistrationError, ShapeError
@@ -39,6 +38,7 @@ from flex_model.routing.delivery import Deliver
 
 if TYPE_CHECKING:
     from flex_model.check.report import Report
+    from flex_model.harvest import Harvested
 
 __all__ = ["FlexModel"]
 
@@ -357,19 +357,8 @@ class FlexModel(nn.Module):
             detach=detach,
             stop=stop,
         )
-        block = acts.block = Block(runtime.missed, bounds)
-        runtime.bounds += bounds
-        runtime.installed.put_on()
-        try:
-            with runtime.watch.telling(), watched_sums(runtime, spots, acts.refused):
-                with runtime.stopping.block(stop):
-                    yield acts
-                runtime.outbox.flush()
-            block.end()
-        finally:
-            runtime.bounds = [b for b in runtime.bounds if b not in bounds]
-            runtime.outbox.discard(bounds)
-            runtime.installed.put_on()
+        with hooks_on(runtime, bounds, spots, acts.refused, stop=stop) as acts.block:
+            yield acts
 
     @editing
     def edit(
@@ -391,18 +380,85 @@ class FlexModel(nn.Module):
         keywords = {"capture": False, **keywords}
         bounds, spots = edit_bounds(runtime, pattern, editing_function, hook_type, keywords, self._sink, self._deliver)
         wrong: dict[Any, Exception] = {}
-        block = Block(runtime.missed, bounds)
-        runtime.bounds += bounds
-        runtime.installed.put_on()
-        try:
-            with runtime.watch.telling(), watched_sums(runtime, spots, wrong):
-                yield [b.hook for b in bounds]
-            for error in wrong.values():
-                raise error
-            block.end()
-        finally:
-            runtime.bounds = [b for b in runtime.bounds if b not in bounds]
-            runtime.installed.put_on()
+        with hooks_on(runtime, bounds, spots, wrong, deliver=False):
+            yield [b.hook for b in bounds]
+        for error in wrong.values():
+            raise error
+
+    def harvest(
+        self,
+        batches: Iterable[Any],
+        patterns: Pattern | Place | Sequence[Pattern | Place],
+        path: str | Path,
+        *,
+        hook_type: HookType = "forward",
+        unpack_idx: int | str = 0,
+        select: Any = None,
+        rows: Literal["tokens", "samples"] | None = None,
+        positions: Any = None,
+        exclude_tokens: Sequence[int] = (),
+        columns: Sequence[str] = (),
+        dtype: torch.dtype | str | None = None,
+        own_batches: bool = False,
+        forward: Callable[..., Any] | None = None,
+        stop: bool = True,
+        resume: bool = True,
+        commit_every: int | None = None,
+        about: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+        queue_bytes: int = 1 << 30,
+        segment_bytes: int = 1 << 28,
+    ) -> Harvested:
+        """Run ``batches`` through the model, and write what the patterns match to the store ``path``; all ranks.
+
+        >>> texts = TokenBatches("pile.jsonl", tokenizer, context_size=512, batch_size=16)      # doctest: +SKIP
+        >>> fm.harvest(texts, fm.at("resid_post"), "acts", dtype="bfloat16")                    # doctest: +SKIP
+        >>> ActivationStore("acts")["@resid_post.5"][:4]                                        # doctest: +SKIP
+
+        Every number is written by one rank that has it, and nothing is gathered: rows ``(row, ...)`` are in the order
+        of the data, whatever the ranks. A row is a token where the model is given ids (B, S), else a sample
+        (``rows``). Padding (``attention_mask``) has no rows.
+
+        ``batches``: ``texts.TokenBatches``, or any iterable of the model's keywords or of its one input. All ranks
+        give the same, and data-parallel ranks run their part of the samples of each; with ``own_batches=True`` each
+        gives its own. ``path``: a folder, or ``s3://`` or ``gs://``. ``select``: part of a value, of dims that are not
+        sharded. ``positions``: an index of the sequence. ``exclude_tokens``: ids without rows. ``columns``: entries of
+        batches that are not the model's, a number a row, stored beside ``token_ids``. ``dtype``: rows are cast before
+        they are copied. ``forward``: calls the model on a batch, such as a schedule's ``eval``. ``stop``: forwards end
+        behind the last site. ``resume``: go on after the last commit of a store that the same data and options began.
+        ``commit_every``: steps; about 30 seconds or 1 GiB a rank if not given.
+
+        The model runs in eval mode without gradients. Memory is that of one batch's sites and ``queue_bytes`` a rank.
+        Raises HarvestError and StoreError on all ranks; what is committed stays readable.
+        """
+        from flex_model.harvest.batch import Wanted
+        from flex_model.harvest.harvest import harvest
+        from flex_model.harvest.run import Asked
+        from flex_model.store.dtypes import torch_dtype
+
+        job = Asked(
+            patterns=[patterns] if isinstance(patterns, (str, Place)) or callable(patterns) else list(patterns),
+            wanted=Wanted(tuple(columns), tuple(exclude_tokens), positions, rows),
+            hook_type=hook_type,
+            unpack_idx=unpack_idx,
+            select=select,
+            dtype=None if dtype is None else torch_dtype(dtype),
+            own_batches=own_batches,
+            stop=stop,
+            commit_every=commit_every,
+            about=dict(about or {}),
+        )
+        return harvest(
+            self,
+            batches,
+            path,
+            job=job,
+            forward=forward,
+            resume=resume,
+            progress=progress,
+            queue_bytes=queue_bytes,
+            segment_bytes=segment_bytes,
+        )
 
     def flush(self) -> None:
         """Deliver what is still on its way. All ranks call it."""

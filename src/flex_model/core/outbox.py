@@ -138,7 +138,9 @@ class Outbox:
             return [*parcels, Parcel((0, None, False), "all", error)]
         for item, value in here:
             bound, key, gradient = item.label
-            if item.mode == "local":
+            if item.mode == "shards":
+                self.hand_over(bound, key, value, item.layout)
+            elif item.mode == "local":
                 self._sink(bound, gradient).put(key, value)
             else:
                 parcels.append(Parcel((index[id(bound)], key, gradient), item.mode, unnamed(value)))
@@ -198,7 +200,7 @@ class Outbox:
                 local, layout, finish = taken
             else:
                 finish = bound.selection.take
-        if finish is not None and bound.deliver == "local":
+        if finish is not None and bound.deliver in ("local", "shards"):
             refused.append((bound, staged.key, _cannot_stay(bound)))
             return None
         sink = self._sink(bound, staged.gradient)
@@ -214,13 +216,44 @@ class Outbox:
             finish, check = flattened.finish(finish), flattened.check(check)
 
         def put(full: Any) -> None:
-            give(sink, key, full)
+            if bound.deliver == "shards":
+                self.hand_over(bound, key, full, layout)
+            else:
+                give(sink, key, full)
 
         label = (bound, key, staged.gradient)
         item = Item(bound.where, local, layout, bound.deliver, put, scale, finish, check, label)
         if staged.rows or layout.parted:
             item.beside = Identity(staged, layout, self.runtime.mesh)
         return item
+
+    def hand_over(
+        self,
+        bound: Bound,
+        key: Any,
+        local: Tensor,
+        layout: Layout | None,
+        *,
+        whole: bool = False,
+        rows: bool = False,
+    ) -> None:
+        """This rank's shard to a sink of shards. ``whole``: its selection can only be made from the whole value;
+        ``rows``: its rows are tokens at experts."""
+        sink: Any = bound.sink
+        try:
+            if whole:
+                raise _cannot_stay(bound)
+            if rows or layout is None or layout.parted:
+                raise LayoutError(
+                    f"{bound.where}: its rows are tokens at experts, in another order than the data's; take what the "
+                    f"layer of experts puts out, or fm.capture and acts.rows().",
+                    page="rows-are-parts",
+                )
+            sink.meet(key, local, layout)
+        except Exception as error:
+            if not self.runtime.whole.axes:
+                raise
+            self.status.note("taking its shard", bound.where, error)
 
     def select_on_shards(self, bound: Bound, local: Tensor, layout: Layout) -> Taken | None:
         """The selection of this rank's shard and its layout; None if it can only be made from the whole."""
@@ -270,4 +303,6 @@ def _cannot_stay(bound: Bound) -> LayoutError:
 
 
 def _moves(staged: Staged) -> bool:
-    return staged.layout is None or (bool(staged.layout.moving_axes) and staged.bound.deliver != "local")
+    return staged.layout is None or (
+        bool(staged.layout.moving_axes) and staged.bound.deliver not in ("local", "shards")
+    )

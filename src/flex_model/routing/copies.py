@@ -7,6 +7,8 @@ waits for it before somebody is given the value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,16 +26,19 @@ class Copies:
         self._leaving: dict[torch.device, int] = {}  # bytes of clones since the model last waited for them
         self._used: set[torch.cuda.Stream] = set()  # since ``wait``
 
-    def take(self, tensor: Tensor, device: torch.device | None) -> Tensor:
-        """A copy of ``tensor`` on ``device``, or where it is; on the host it can be read after ``wait``."""
+    def take(self, tensor: Tensor, device: torch.device | None, *, owned: bool = False) -> Tensor:
+        """A copy of ``tensor`` on ``device``, or where it is; on the host it can be read after ``wait``.
+
+        ``owned``: nobody else has this memory, so that it need not be copied where it stays.
+        """
         if tensor.is_inference():  # a copy made outside of inference mode is an ordinary tensor
             with torch.inference_mode(False):
-                return self._take(tensor.clone(), device)
-        return self._take(tensor.detach(), device)
+                return self._take(tensor.clone(), device, owned=True)
+        return self._take(tensor.detach(), device, owned=owned)
 
-    def _take(self, tensor: Tensor, device: torch.device | None) -> Tensor:
+    def _take(self, tensor: Tensor, device: torch.device | None, *, owned: bool) -> Tensor:
         if device is None or tensor.device == device or tensor.device.type == device.type != "cuda":
-            return tensor.clone()
+            return tensor if owned else tensor.clone()
         if not tensor.is_cuda or device.type != "cpu" or tensor.numel() == 0:
             return tensor.to(device, copy=True)
         out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -41,7 +46,7 @@ class Copies:
         if tensor.nbytes <= _SMALL:
             self._used.add(now)
             return out.copy_(tensor, non_blocking=True)
-        kept = tensor.clone(memory_format=torch.contiguous_format)
+        kept = tensor.contiguous() if owned else tensor.clone(memory_format=torch.contiguous_format)
         beside = self._beside(tensor.device)
         beside.wait_stream(now)
         self._used.add(beside)
@@ -63,6 +68,21 @@ class Copies:
     def bring(self, tensor: Tensor, device: torch.device | None) -> Tensor:
         """``tensor`` itself if it is on ``device``, else a copy that is; on the host it can be read after ``wait``."""
         return tensor if device is None or tensor.device == device else self.take(tensor, device)
+
+    def fence(self) -> Callable[[], None]:
+        """Of the copies taken so far: what waits until they are made, while the model goes on."""
+        events = []
+        for stream in self._used:
+            event = torch.cuda.Event()
+            event.record(stream)
+            events.append(event)
+        self._used.clear()
+
+        def wait() -> None:
+            for event in events:
+                event.synchronize()
+
+        return wait
 
     def wait(self) -> None:
         """Until all copies are made."""

@@ -26,7 +26,7 @@ from flex_model.routing.straight import dtensor_holds, straight_layout, straight
 
 __all__ = ["Buffers", "Deliver", "Item", "deliver", "exchange_shapes"]
 
-Deliver = Literal["main", "all", "local"]
+Deliver = Literal["main", "all", "local", "shards"]  # shards: to a sink of shards, which takes them as they are
 _BUCKET = 16 * 2**20  # bytes; values up to this size travel together
 
 
@@ -99,7 +99,7 @@ def deliver(
     the expected one.
     """
     items = [*(i.beside.item for i in items if i.beside is not None), *items]
-    moving = [i for i in items if i.layout.moving_axes]
+    moving = [i for i in items if i.layout.moving_axes and i.mode != "shards"]
     asked = [i for i in moving if any(i.layout.ragged)]
     if asked:
         found = exchange_shapes([tuple(i.local.shape) for i in asked], mesh)
@@ -118,6 +118,8 @@ def deliver(
                 item.full = _as_dtensor(item, mesh, keep)
             except LayoutError as error:
                 item.failure = error
+        elif item.mode == "shards":
+            item.full = item.local
         elif not item.layout.moving_axes and (item.mode == "all" or mesh.is_main):
             item.complete(item.local)
     for bucket in _buckets([i for i in moving if i.mode == "main"]):
@@ -126,7 +128,7 @@ def deliver(
         for bucket in _buckets([i for i in moving if i.mode == "all" and _lines(i, mesh) == axes]):
             _to_all(bucket, mesh, buffers) if axes is None else _along_lines(bucket, axes, mesh, buffers)
     for item in items:
-        if item.mode != "local" and item.full is not None and item.failure is None:
+        if item.mode in ("main", "all") and item.full is not None and item.failure is None:
             item.full = _each(item.full, keep)
     kept()
     for item in items:  # in the order of the calls, whatever moved first

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["DTYPES", "as_torch", "dtype_name", "numpy_dtype", "row_bytes"]
+__all__ = ["DTYPES", "as_torch", "dtype_name", "numpy_dtype", "row_bytes", "torch_dtype"]
 
 _PLAIN = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
 _ADDED = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")  # by ml_dtypes
@@ -30,6 +30,12 @@ def dtype_name(dtype: Any) -> str:
     if name not in DTYPES:
         raise StoreError(f"dtype {name!r} cannot be stored; expected one of {', '.join(DTYPES)}.", page="bad-argument")
     return name
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """Of a torch dtype or a name."""
+    found: torch.dtype = getattr(torch, dtype_name(dtype))
+    return found
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -67,9 +73,6 @@ def _from_numpy(rows: Any) -> Tensor:
     import numpy as np
 
     array = np.ascontiguousarray(rows)
-    return as_torch(array, dtype_name(array.dtype)) if array.size else torch.empty(array.shape, dtype=_torch(array))
-
-
-def _torch(array: NDArray[Any]) -> torch.dtype:
-    found: torch.dtype = getattr(torch, dtype_name(array.dtype))
-    return found
+    if not array.size:
+        return torch.empty(array.shape, dtype=torch_dtype(array.dtype))
+    return as_torch(array, dtype_name(array.dtype))

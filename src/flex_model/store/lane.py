@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from flex_model.store.commits import Run
@@ -42,14 +43,17 @@ class Lane:
         self.runs: list[Run] = []
         self.moments = Moments.zeros(key[2] - key[1]) if moments else None
 
-    def append(self, step: int, part: int, data: Any) -> None:
-        """Bytes of rows, ``(rows, row bytes)``."""
+    def append(self, step: int, parts: Sequence[tuple[int, int]], data: Any) -> None:
+        """Bytes of rows, ``(rows, row bytes)``; ``parts``: which parts of the step they are, and their numbers."""
         name, start, stop = self._key
         with telling(f"{self._place} cannot be written"):
             if self._open is None:
                 folder = self._folders.new(name)
                 self._open = SegmentWriter(self._place, folder, site=name, dtype=self._dtype, columns=(start, stop))
-            self.runs.append(Run(len(self.segments), step, part, self._open.rows, len(data)))
+            first = self._open.rows
+            for part, count in parts:
+                self.runs.append(Run(len(self.segments), step, part, first, count))
+                first += count
             self._open.append(data)
             if self._open.bytes >= self._segment_bytes:
                 self.close()

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from flex_model.errors import StoreError
-from flex_model.store.dtypes import dtype_name
+from flex_model.store.dtypes import dtype_name, numpy_dtype
 from flex_model.store.place import Place
 from flex_model.store.segment import checksum
 
@@ -43,6 +43,10 @@ class StoredSite:
     def width(self) -> int:
         """Numbers in a row, which are its columns: the row flattened."""
         return prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * numpy_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)

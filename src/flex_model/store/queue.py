@@ -43,10 +43,10 @@ class WriteQueue:
             self._tasks += 1
         self._work[number].put((work, reserved))
 
-    def wait(self) -> None:
-        """Until all is done."""
+    def wait(self, until: Callable[[], object] | None = None) -> None:
+        """Until something that the work brings about is so; or until all is done."""
         with self._changed:
-            self._changed.wait_for(lambda: self._error or not self._tasks)
+            self._changed.wait_for(lambda: self._error or (until() if until is not None else not self._tasks))
             self._check()
 
     @property

@@ -6,8 +6,10 @@ import errno
 import json
 import platform
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -73,7 +75,7 @@ class StoreWriter:
         self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
         self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
         self._closed = False
-        self._committed = max(commits.committed_steps(place), default=-1)
+        self._committed = self._tabled = max(commits.committed_steps(place), default=-1)
 
     @classmethod
     def create(
@@ -154,24 +156,30 @@ class StoreWriter:
         return self._queue.bytes
 
     def append(
-        self, step: int, values: Mapping[str, Any], *, part: int = 0, columns: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        *,
+        part: int | Sequence[tuple[int, int]] = 0,
+        columns: Mapping[str, Any] | None = None,
     ) -> None:
-        """Rows of one part of a step; blocks while the queue is full.
+        """Rows of one part of a step, or of several: ``[(part, rows), ...]``; blocks while the queue is full.
 
         ``values``: by site, a tensor or array ``(rows, ...)``, or with the slice of the flattened row's columns that
         it is. ``columns``: side columns ``(rows,)``. Both are copied. Sites of one part may come in several calls.
         """
         self._check_open()
-        if not isinstance(step, int) or step <= self._committed or part < 0:
+        placed = [self._placed(name, value) for name, value in {**values, **(columns or {})}.items()]
+        parts = [(part, len(placed[0][0]) if placed else 0)] if isinstance(part, int) else [*part]
+        if not isinstance(step, int) or step <= self._committed or any(number < 0 for number, _ in parts):
             raise StoreError(
                 f"expected a step from {self.next_step} and a part from 0, got {step!r} and {part!r}.",
                 page="bad-argument",
             )
-        placed = [self._placed(name, value) for name, value in {**values, **(columns or {})}.items()]
-        self._note(step, part, [(lane, len(rows)) for rows, lane in placed])
+        self._note(step, parts, [(lane, len(rows)) for rows, lane in placed])
         for rows, lane in placed:
             if len(rows):
-                self._put(step, part, lane, rows)
+                self._put(step, parts, lane, rows)
 
     def _placed(self, name: str, value: Any) -> tuple[Any, LaneKey]:
         """The rows, and which columns of which site they are."""
@@ -194,19 +202,24 @@ class StoreWriter:
             )
         return rows, (name, start, stop)
 
-    def _note(self, step: int, part: int, given: Sequence[tuple[LaneKey, int]]) -> None:
+    def _note(self, step: int, parts: Sequence[tuple[int, int]], given: Sequence[tuple[LaneKey, int]]) -> None:
         """That these lanes are there; none of them if one is refused."""
-        known, lanes = self._seen.get((step, part), (given[0][1] if given else 0, frozenset()))
-        for lane, count in given:
-            if known != count or lane in lanes:
-                raise StoreError(
-                    f"step {step}, part {part}: {lane[0]!r} has {count} rows; expected it once, with {known} rows.",
-                    page="bad-argument",
-                )
+        whole = sum(count for _, count in parts)
+        noted: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}
+        for number, expected in parts:
+            known, lanes = self._seen.get((step, number), (expected, frozenset()))
+            for lane, count in given:
+                if count != whole or known != expected or lane in lanes:
+                    raise StoreError(
+                        f"step {step}, part {number}: {lane[0]!r} has {count} rows; expected it once, with {known} "
+                        f"rows.",
+                        page="bad-argument",
+                    )
+            noted[step, number] = known, lanes.union(lane for lane, _ in given)
         if given:
-            self._seen[step, part] = known, lanes.union(lane for lane, _ in given)
+            self._seen |= noted
 
-    def _put(self, step: int, part: int, key: LaneKey, rows: Any) -> None:
+    def _put(self, step: int, parts: Sequence[tuple[int, int]], key: LaneKey, rows: Any) -> None:
         site = self._all[key[0]]
         size = len(rows) * (key[2] - key[1]) * numpy_dtype(site.dtype).itemsize
         lane = self._lanes.get(key) or self._lanes.setdefault(key, self._new_lane(key))
@@ -216,7 +229,7 @@ class StoreWriter:
         except BaseException:
             self._queue.put(key, lambda: None, reserved=size)
             raise
-        self._queue.put(key, lambda: lane.append(step, part, data), reserved=size)
+        self._queue.put(key, lambda: lane.append(step, parts, data), reserved=size)
 
     def _new_lane(self, key: LaneKey) -> Lane:
         return Lane(
@@ -228,8 +241,12 @@ class StoreWriter:
             moments=key[0] in self.sites,
         )
 
-    def commit(self, step: int) -> None:
-        """Write this rank's table of all steps up to ``step``, after the rows themselves; with one rank, publish it."""
+    def commit(self, step: int, *, wait: bool = True) -> None:
+        """Write this rank's table of all steps up to ``step``, after the rows themselves; with one rank, publish it.
+
+        ``wait=False``: it is written while later steps are appended, and is there after ``tabled(step)``; ``publish``
+        it then, also with one rank.
+        """
         self._check_open()
         latest = max((s for s, _ in self._seen), default=step)
         if step <= self._committed or latest > step:
@@ -238,20 +255,42 @@ class StoreWriter:
             )
         with telling(f"{self._place} cannot be written"):
             self._check_session()
-        for key, lane in self._lanes.items():
-            self._queue.put(key, lane.close)
-        self._queue.wait()
-        with telling(f"{self._place} cannot be written"):
-            self._save_table(step)
-        self._lanes, self._seen, self._committed = {}, {}, step
-        if self.ranks == 1:
-            self.publish(step)
+        lanes, self._lanes, self._seen, self._committed = self._lanes, {}, {}, step
+        self._table_of(step, lanes)
+        if wait:
+            self.tabled(step)
+            if self.ranks == 1:
+                self.publish(step)
 
-    def _save_table(self, step: int) -> None:
+    def _table_of(self, step: int, lanes: dict[LaneKey, Lane]) -> None:
+        """Close the lanes, each behind its rows, and then write their table."""
+        left, lock = len(lanes), threading.Lock()
+
+        def closed(lane: Lane | None) -> None:
+            nonlocal left
+            if lane is not None:
+                lane.close()
+                with lock:
+                    left -= 1
+            if not left:
+                with telling(f"{self._place} cannot be written"):
+                    self._save_table(step, lanes)
+                self._tabled = step
+
+        for key, lane in lanes.items():
+            self._queue.put(key, partial(closed, lane))
+        if not lanes:
+            self._queue.put(None, partial(closed, None))
+
+    def tabled(self, step: int) -> None:
+        """Wait until this rank's table of a commit is written."""
+        self._queue.wait(lambda: self._tabled >= step)
+
+    def _save_table(self, step: int, lanes: Mapping[LaneKey, Lane]) -> None:
         table = Commit(step)
-        for lane in self._lanes.values():
+        for lane in lanes.values():
             table.add(Commit(step, lane.segments, lane.runs))
-        held = {key: lane.moments for key, lane in self._lanes.items() if lane.moments is not None}
+        held = {key: lane.moments for key, lane in lanes.items() if lane.moments is not None}
         named = {str(number): moments for number, moments in enumerate(held.values())}
         file = commits.rank_file(step, self.rank, "safetensors")
         table.moments = commits.save_moments(self._place, file, named)

@@ -1,0 +1,5 @@
+"""Activations of a model on many ranks into a store, each number written by the rank that has it."""
+
+from flex_model.harvest.harvest import Harvested
+
+__all__ = ["Harvested"]

@@ -1,0 +1,227 @@
+"""``harvest``: a loader's batches through a model on any number of ranks, and what chosen sites give into a store."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flex_model.errors import FlexModelError, HarvestError
+from flex_model.harvest.meter import Meter
+from flex_model.harvest.run import Asked, Run
+from flex_model.harvest.writing import Writing
+from flex_model.store import ActivationStore, StoredSite
+
+if TYPE_CHECKING:
+    from flex_model.core.flex_model import FlexModel
+
+__all__ = ["Harvested", "harvest"]
+
+_MEETING = 64  # steps after which ranks tell one another of failures, at the latest
+_COMMIT_SECONDS, _COMMIT_BYTES = 30.0, 2**30  # of a rank's work between two commits
+
+
+@dataclass(frozen=True, slots=True)
+class Harvested:
+    """What ``fm.harvest`` has written: steps, rows and bytes of this run, on all ranks together."""
+
+    path: str
+    sites: dict[str, StoredSite]
+    steps: int
+    rows: int
+    bytes: int
+    seconds: float
+
+    @property
+    def store(self) -> ActivationStore:
+        return ActivationStore(self.path)
+
+    def __str__(self) -> str:
+        rate = self.bytes / max(self.seconds, 1e-9)
+        return (
+            f"{self.rows:,} rows of {len(self.sites)} sites, {self.bytes / 1e9:.2f} GB, in {self.seconds:.1f} s "
+            f"({rate / 1e9:.3f} GB/s), in {self.path}"
+        )
+
+
+def harvest(
+    fm: FlexModel,
+    batches: Iterable[Any],
+    path: str | Path,
+    *,
+    job: Asked,
+    forward: Callable[..., Any] | None,
+    resume: bool,
+    progress: bool | None,
+    queue_bytes: int,
+    segment_bytes: int,
+) -> Harvested:
+    """See ``FlexModel.harvest``."""
+    run = Run(fm, job, forward)
+    writing = Writing(path, run.together, queue_bytes=queue_bytes, segment_bytes=segment_bytes)
+    about = _about(fm, batches, job)
+    first, there = writing.look(resume=resume)
+    run.together.each(lambda: _check_same(str(path), there, about), "the look at the store")
+    steps = _length(batches)
+    meter = Meter(steps, first=run.together.is_main, progress=progress)
+    try:
+        with meter, run.hooked():
+            meter.skip(first)
+            loop = _Loop(run, writing, meter, about, new=there is None)
+            loop.go(_from(batches, first), first)
+    except BaseException:
+        writing.drop()
+        raise
+    size = loop.rows * meter.row_bytes
+    return Harvested(str(path), run.sites or writing.sites, meter.steps, loop.rows, size, meter.seconds)
+
+
+class _Loop:
+    """The steps of a harvest, from the first that is not in the store."""
+
+    def __init__(self, run: Run, writing: Writing, meter: Meter, about: dict[str, Any], *, new: bool) -> None:
+        self.run, self.writing, self.meter, self.about, self.new = run, writing, meter, about, new
+        self._every = run.job.commit_every
+        self.rows = 0  # whose side columns this rank has written; at the end, of all ranks
+        self._since = 0  # steps since the last commit
+        self._error: FlexModelError | None = None
+
+    def go(self, batches: Iterator[Any], first: int) -> None:
+        number = first - 1
+        for number, (given, idle) in enumerate(self._together(batches), first):
+            self.step(number, given, idle=idle)
+        if self.meter.steps:
+            self.meet()
+            if self._since:
+                self.writing.commit(number)
+            self.writing.finish()
+        self.rows = sum(self.run.together.tell(self.rows, "the end of the harvest"))
+
+    def _together(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        """Batches, as long as any rank has one; a rank that has no more runs its last again, for the others."""
+        if not self.run.job.own_batches or self.run.together.ranks == 1:
+            yield from ((given, False) for given in batches)
+            return
+        last = None
+        while True:
+            given = next(batches, None)
+            here = self.run.together.tell(given is not None, "the next batch")
+            if not any(here):
+                return
+            if given is None and last is None:
+                raise HarvestError(
+                    "own_batches=True: this rank's loader has no batch at all, and cannot run beside the others; give "
+                    "each rank one.",
+                    page="harvest-batch",
+                )
+            last = given if given is not None else last
+            yield last, given is None
+
+    def step(self, number: int, given: Any, *, idle: bool) -> None:
+        started = time.perf_counter()
+        whole, mine = self.run.batch(given)
+        mine = mine.without_rows() if idle else mine
+        self.run.step(number, mine)
+        if not self.meter.steps:
+            self._open()
+        columns, parts = self.run.beside(mine)
+        step = self.run.taking.end()
+        try:
+            if self._error is None:
+                self.writing.put(step, columns, parts)
+        except FlexModelError as error:  # told when ranks meet: the others may be in a forward
+            self._error = error
+        self._since += 1
+        self.rows += sum(count for _, count in parts)
+        self.meter.step(int(whole.keep.sum()))
+        self._pause(number, time.perf_counter() - started)
+
+    def _open(self) -> None:
+        run = self.run
+        self.writing.open(run.sites, run.columns, self.about, new=self.new)
+        self.meter.row_bytes = sum(site.row_bytes for site in run.sites.values())
+
+    def _pause(self, number: int, seconds: float) -> None:
+        """Commit, or at least hear of one another, now and then."""
+        done = self.meter.steps
+        if done == 2 and self._every is None:
+            self._every = self._steps_a_commit(seconds)
+        if self._every is not None and self._since >= self._every:
+            self.meet()
+            self.writing.commit(number)
+            self._since = 0
+        elif self.run.together.ranks == 1 or done % _MEETING == 0 or done & (done - 1) == 0:
+            self.meet()
+
+    def _steps_a_commit(self, seconds: float) -> int:
+        """As many as the main rank's last step says; the same on all."""
+        together = self.run.together
+        most = max(together.tell(self.writing.bytes // self.meter.steps, "the size of a commit"))
+        steps = min(_COMMIT_SECONDS / max(seconds, 1e-6), _COMMIT_BYTES / max(most, 1))
+        return together.on_main(lambda: max(1, int(steps)), "the size of a commit")
+
+    def meet(self) -> None:
+        """All that failed on any rank is raised on all."""
+        if self.run.together.ranks > 1:
+            self.run.runtime.outbox.flush()
+        self.run.together.each(self._raise, "a meeting of the harvest")
+
+    def _raise(self) -> None:
+        for error in (self._error, self.run.taking.error, *self.run.taking.refused.values()):
+            if error is not None:
+                raise error
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
+def _from(batches: Any, first: int) -> Iterator[Any]:
+    """Batches from a number on: loaders that can start there do, and others are asked for those before."""
+    start_at = getattr(batches, "start_at", None)
+    if callable(start_at):
+        return iter(start_at(first))
+    return islice(batches, first, None)
+
+
+def _about(fm: FlexModel, batches: Any, job: Asked) -> dict[str, Any]:
+    """What the store says of how it was made. What is under ``data`` must not change when it is gone on with."""
+    config = getattr(fm.module, "config", None)
+    wanted = job.wanted
+    data = {
+        "batches": getattr(batches, "fingerprint", None),
+        "positions": repr(wanted.positions),
+        "exclude_tokens": list(wanted.exclude),
+        "rows": wanted.rows,
+        "own_batches": job.own_batches,
+    }
+    return {
+        "model": getattr(config, "name_or_path", "") or type(fm.module).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "hook_type": job.hook_type,
+        **getattr(batches, "about", {}),
+        **job.about,
+        "data": data,
+    }
+
+
+def _check_same(path: str, there: dict[str, Any] | None, here: dict[str, Any]) -> None:
+    if there is None:
+        return
+    before, now = there.get("data", {}), json.loads(json.dumps(here["data"], default=str))
+    wrong = [name for name in now if before.get(name) != now[name]]
+    if there.get("model") != here["model"]:
+        wrong, before, now = ["model"], there, here
+    if wrong:
+        raise HarvestError(
+            f"{path} was begun with {wrong[0]}={before.get(wrong[0])!r}, and this run has {now[wrong[0]]!r}; choose "
+            f"another path, or the same data and options.",
+            page="harvest-resume",
+        )

@@ -1,0 +1,152 @@
+"""``Writing``: a harvest's way into the store, on all ranks: opened together, committed now and then, resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flex_model.errors import HarvestError
+from flex_model.harvest.sink import Step, unfit
+from flex_model.harvest.together import Together
+from flex_model.store import ActivationStore, StoredSite, StoreWriter
+from flex_model.store.place import open_place, telling
+
+__all__ = ["Writing"]
+
+
+class Writing:
+    """``next_step``: the first that is not in the store yet; ``rows`` and ``bytes``: written by this run, of this rank.
+
+    A commit is made while later steps run, and counts at the next one, once every rank's rows are on disk.
+    """
+
+    def __init__(self, path: str | Path, together: Together, **limits: int) -> None:
+        self.path, self.together, self._limits = path, together, limits
+        self.rows = self.bytes = 0
+        self._writer: StoreWriter | None = None
+        self._pending: int | None = None
+        self._kept: Step | None = None  # its values may still be on their way from a device
+        self._beside: tuple[Mapping[str, Tensor], list[tuple[int, int]]] = ({}, [])
+
+    # -- opening -----------------------------------------------------------------------------------------------
+    @property
+    def sites(self) -> dict[str, StoredSite]:
+        """Of the store that is there."""
+        store = ActivationStore(self.path)
+        return {n: StoredSite(store[n].shape[1:], store[n].dtype, store[n].layout) for n in store.sites}
+
+    def look(self, *, resume: bool) -> tuple[int, dict[str, Any] | None]:
+        """The next step of the store that is there, and what it says about itself; 0 and None where there is none."""
+
+        def read() -> tuple[int, dict[str, Any] | None]:
+            place = open_place(self.path)
+            with telling(f"{place} cannot be read"):
+                there = place.read("manifest.json") is not None
+            if not there:
+                return 0, None
+            if not resume:
+                raise HarvestError(
+                    f"{place} is a store already, and resume=False was given; choose another path, or remove it.",
+                    page="harvest-resume",
+                )
+            store = ActivationStore(self.path)
+            return store.last_step + 1, store.about
+
+        return self.together.on_main(read, "the look at the store")
+
+    def open(
+        self, sites: Mapping[str, StoredSite], columns: Mapping[str, str], about: Mapping[str, Any], *, new: bool
+    ) -> None:
+        """All ranks; the main one makes the store, or takes it over."""
+        own: dict[str, Any] = {"rank": self.together.rank, "ranks": self.together.ranks, **self._limits}
+
+        def first() -> bool:
+            if new:
+                self._writer = StoreWriter.create(self.path, sites=sites, columns=columns, about=about, **own)
+            else:
+                self._check_same(sites, columns)
+                self._writer = StoreWriter.resume(self.path, **own)
+            return True
+
+        self.together.on_main(first, "the opening of the store")
+
+        def join() -> bool:
+            if self._writer is None:
+                self._writer = StoreWriter.join(self.path, **own)
+            return True
+
+        self.together.each(join, "the opening of the store")
+
+    def _check_same(self, sites: Mapping[str, StoredSite], columns: Mapping[str, str]) -> None:
+        store = ActivationStore(self.path)
+        there = {n: (store[n].shape[1:], store[n].dtype) for n in (*store.sites, *store.columns)}
+        here = {n: (s.shape, str(s.dtype)) for n, s in sites.items()} | {n: ((), d) for n, d in columns.items()}
+        if there != here:
+            wrong = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
+            raise HarvestError(
+                f"{self.path} has other rows than this run would add: {wrong[0]!r} is {there.get(wrong[0], 'absent')} "
+                f"there and {here.get(wrong[0], 'absent')} here; choose another path, or resume with the same options.",
+                page="harvest-resume",
+            )
+
+    # -- steps -------------------------------------------------------------------------------------------------
+    def put(self, step: Step, columns: Mapping[str, Tensor], parts: list[tuple[int, int]]) -> None:
+        """A step's values. They are handed on when the next step is put: from a device they take a while."""
+        self.flush()
+        self._kept, self._beside = step, (columns, parts)
+
+    def flush(self) -> None:
+        """Hand on what was put last."""
+        step, self._kept = self._kept, None
+        if step is None:
+            return
+        assert self._writer is not None
+        step.ready()
+        columns, parts = self._beside
+        if columns and parts:
+            self._writer.append(step.number, {}, part=parts, columns=columns)
+        for name, pieces in step.values.items():
+            for rows, start in pieces:
+                if not step.parts[name]:
+                    continue
+                if unfit(rows, rows.dtype):
+                    raise HarvestError(
+                        f"{name!r} has numbers that are not finite in {rows.dtype}, in step {step.number} on rank "
+                        f"{self.together.rank}; store it with dtype='bfloat16' or 'float32'.",
+                        page="harvest-dtype",
+                    )
+                piece = {name: (rows, slice(start, start + rows.shape[1]))}
+                self._writer.append(step.number, piece, part=step.parts[name])
+                self.bytes += rows.nbytes
+        self.rows += sum(count for _, count in parts)
+
+    def commit(self, step: int) -> None:
+        """Begin to commit all up to ``step``, and make the commit before it count. All ranks."""
+        self.flush()
+        self._settle()
+        assert self._writer is not None
+        self._writer.commit(step, wait=False)
+        self._pending = step
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        writer, step = self._writer, self._pending
+        assert writer is not None
+        self.together.each(lambda: writer.tabled(step), "a commit")
+        self.together.on_main(lambda: writer.publish(step), "a commit")
+        self._pending = None
+
+    def finish(self) -> None:
+        """Make the last commit count, and end. All ranks."""
+        self._settle()
+        if self._writer is not None:
+            self._writer.close()
+
+    def drop(self) -> None:
+        """End after an error; what is committed stays."""
+        if self._writer is not None:
+            self._writer.close(drop=True)
