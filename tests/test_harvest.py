@@ -100,3 +100,76 @@ def test_every_module(engine: str, tmp_path: Path) -> None:
         rows = run_world(size, _harvest, engine, path)
     assert rows == [len(want["token_ids"])] * size
     assert not differences(path, want)
+
+
+# -- transformers: places, padding, fused and uneven projections --------------------------------------------------
+FAMILIES = [
+    *((e, "llama") for e in ("none", "ddp", "fsdp2", "tp", "tp_fsdp", "hsdp")),
+    *((e, "qwen3_moe") for e in ("tp", "ep_tp", "ep_fsdp")),
+    ("fsdp2", "gpt2"),
+    ("none", "opt"),
+]
+
+
+def padded(vocabulary: int = 66) -> list[dict[str, Tensor]]:
+    data = []
+    for i, batch in enumerate(batches(vocabulary=vocabulary)):
+        mask = torch.ones_like(batch["ids"])
+        if i == 0:
+            mask[1, 4:] = 0
+        data.append({"input_ids": batch["ids"], "attention_mask": mask})
+    return data
+
+
+def _places(fm: FlexModel) -> list[Any]:
+    return [fm.at("resid_post"), fm.at("z", 1), fm.at("z", 0, head=2), fm.at("mlp_out", 0)]
+
+
+def _of_transformers(engine: str, family: str, folder: Path, path: Path) -> int:
+    fm = FlexModel(place(engine, models.make(family), folder).model)
+    done = fm.harvest(padded(), _places(fm), path, dtype=torch.float64)
+    return done.rows
+
+
+@pytest.mark.parametrize(("engine", "family"), FAMILIES)
+def test_transformers(engine: str, family: str, tmp_path: Path) -> None:
+    folder, path = saved(models.make(family), tmp_path / "model", engine), tmp_path / "acts"
+    rows = run(engine, _of_transformers, family, folder, path)
+    plain = FlexModel(models.make(family))
+    want: dict[str, list[Tensor]] = {}
+    for batch in padded():
+        with torch.no_grad():
+            acts = plain.capture(*_places(plain)).run(**batch)
+        for key in acts:
+            value = acts[key].reshape(*batch["input_ids"].shape, *acts[key].shape[2 if acts[key].dim() > 2 else 1 :])
+            want.setdefault(str(key), []).append(value[batch["attention_mask"].bool()].double())
+    assert rows == [len(torch.cat(want["@resid_post.0"]))] * RANKS[engine]
+    assert not differences(path, {k: torch.cat(v) for k, v in want.items()})
+
+
+# -- what moves ------------------------------------------------------------------------------------------------
+def _traffic(engine: str, site: str, path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Operations between ranks in 14 forwards, and how many more a harvest of 31 steps has than one of 17: between
+    steps 16 and 32 ranks do not meet."""
+    placed = engines.place(engine, models.net())
+    fm = FlexModel(placed.model)
+    data = batches([(4, 6)] * 31)
+    with Traffic() as plain, torch.no_grad():
+        for batch in data[:14]:
+            placed.model(placed.mine(batch["ids"]))
+    made = []
+    for steps in (17, 31):
+        with Traffic() as traffic:
+            fm.harvest(data[:steps], site, path / str(steps), stop=False, commit_every=99)
+        made.append(traffic.counts)
+    return dict(plain.counts), dict(made[1] - made[0])
+
+
+SITES = [("tp", "layers.0.mlp.act"), ("tp", "layers.0.norm"), ("ddp", "norm"), ("sp", "layers.1")]
+
+
+@pytest.mark.parametrize(("engine", "site"), SITES)
+def test_nothing_moves(engine: str, site: str, tmp_path: Path) -> None:
+    for plain, more in run_world(2, _traffic, engine, site, tmp_path):
+        print(f"{engine}, {site}: 14 forwards {plain}, 14 more steps of a harvest {more}")
+        assert more == plain

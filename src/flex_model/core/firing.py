@@ -173,6 +173,9 @@ def _stage(
     key: Any,
     rows: Gathered | None = None,
 ) -> None:
+    if bound.deliver == "shards" and (rows is not None or (layout is not None and call.place is None)):
+        runtime.outbox.hand_over(bound, key, local, layout, rows=rows is not None)
+        return
     selected, finish = False, None
     batch = runtime.inference.batch_of(form) if call.place is not None else None
     if rows is not None:
@@ -189,9 +192,6 @@ def _stage(
             return
         if taken is not None:
             (local, layout, finish), selected = taken, True
-    if bound.deliver == "shards" and (rows is not None or (layout is not None and call.place is None)):
-        runtime.outbox.hand_over(bound, key, local, layout, whole=finish is not None, rows=rows is not None)
-        return
     staged = Staged(bound, key, runtime.copies.take(local, runtime.keep_on(layout)), form, layout, selected=selected)
     staged.finish = finish
     staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch

@@ -200,7 +200,7 @@ class Outbox:
                 local, layout, finish = taken
             else:
                 finish = bound.selection.take
-        if finish is not None and bound.deliver in ("local", "shards"):
+        if finish is not None and bound.deliver == "local":
             refused.append((bound, staged.key, _cannot_stay(bound)))
             return None
         sink = self._sink(bound, staged.gradient)
@@ -227,22 +227,10 @@ class Outbox:
             item.beside = Identity(staged, layout, self.runtime.mesh)
         return item
 
-    def hand_over(
-        self,
-        bound: Bound,
-        key: Any,
-        local: Tensor,
-        layout: Layout | None,
-        *,
-        whole: bool = False,
-        rows: bool = False,
-    ) -> None:
-        """This rank's shard to a sink of shards. ``whole``: its selection can only be made from the whole value;
-        ``rows``: its rows are tokens at experts."""
+    def hand_over(self, bound: Bound, key: Any, local: Tensor, layout: Layout | None, *, rows: bool = False) -> None:
+        """This rank's shard to a sink of shards. ``rows``: its rows are tokens at experts."""
         sink: Any = bound.sink
         try:
-            if whole:
-                raise _cannot_stay(bound)
             if rows or layout is None or layout.parted:
                 raise LayoutError(
                     f"{bound.where}: its rows are tokens at experts, in another order than the data's; take what the "

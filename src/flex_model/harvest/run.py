@@ -24,6 +24,7 @@ from flex_model.harvest.share import Met, Share
 from flex_model.harvest.sink import Taking
 from flex_model.harvest.together import Together
 from flex_model.layout.mesh import Axis, ModelMesh
+from flex_model.routing.selection import Selection
 from flex_model.store import StoredSite
 from flex_model.store.dtypes import dtype_name
 
@@ -65,6 +66,7 @@ class Run:
         others = [place for a, place in _places(runtime.whole) if a.kind != "data" or a.sequence]
         self.writes_columns = not any(others)
         self.taking = Taking(runtime.copies, job.dtype, rank=self.place, own_batches=job.own_batches)
+        self.selections: dict[str, Selection] = {}
         self.bounds, self.spots = self._bounds()
         self._forward = forward or self._call
         self._takes = _arguments(fm.module)
@@ -82,7 +84,9 @@ class Run:
         )
         bounds = []
         for one in found:
-            hook = HookFunction(one.name, unpack_idx=one.unpack_idx, select=one.select)
+            if one.select is not None:
+                self.selections[one.key] = Selection.of(one.select)
+            hook = HookFunction(one.name, unpack_idx=one.unpack_idx)
             bounds.append(
                 bind(self.runtime, hook, one.hook_type, one.key, self.taking, "shards", temporary=True)  # type: ignore[arg-type]
             )
@@ -161,6 +165,8 @@ class Run:
                 self.runtime.mesh,
                 number=number,
                 sites=len(here),
+                selection=self.selections.get(name),
+                sample=self.taking.first[name][0],
                 second=self.runtime.engines.batch_dim(modules[name], activation) == 1,  # type: ignore[arg-type]
             )
             for number, name in here

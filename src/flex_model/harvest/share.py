@@ -7,11 +7,10 @@ be made (``Partial``) move: each rank receives the sum of its columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from flex_model.errors import HarvestError
 from flex_model.layout.layout import Layout, ZigZag, my_part, on_dim, shard_dim
 from flex_model.layout.mesh import ModelMesh
+from flex_model.routing.selection import Selection
 
 __all__ = ["Grid", "Met", "Share", "Way", "cuts"]
 
@@ -53,7 +53,17 @@ class Share:
     """
 
     def __init__(
-        self, where: str, met: Sequence[Met], grid: Grid, mesh: ModelMesh, *, number: int, sites: int, second: bool
+        self,
+        where: str,
+        met: Sequence[Met],
+        grid: Grid,
+        mesh: ModelMesh,
+        *,
+        number: int,
+        sites: int,
+        second: bool,
+        selection: Selection | None,
+        sample: Tensor,
     ) -> None:
         self.where, self.mesh = where, mesh
         mine = met[mesh.me]
@@ -64,8 +74,13 @@ class Share:
         for axis in self._sums:
             self._scatter(axis, shapes)
         self._features = [d for d in range(len(mine.shape)) if d not in self.dims]
-        self.row_shape = tuple(self._whole_size(d, shapes) for d in self._features) or (1,)
-        self.columns = self._columns(shapes, number, sites)
+        self._select: Callable[[Tensor], Tensor] | None = None
+        sizes = tuple(self._whole_size(d, shapes) for d in self._features)
+        numbers = torch.arange(prod(sizes)).view(sizes)
+        wanted = numbers if selection is None else self._wanted(selection, numbers, sample)
+        self.row_shape = tuple(wanted.shape) or (1,)
+        held = wanted.flatten() if self._select is not None else self._held(numbers, shapes)
+        self.columns = self._columns(wanted.flatten(), held, number, sites)
 
     # -- rows --------------------------------------------------------------------------------------------------
     def _token_dims(self, shape: Sequence[int], grid: Grid, second: bool) -> tuple[int, ...]:
@@ -146,26 +161,60 @@ class Share:
         here = elsewhere(self.mesh.me)
         return sum(shape[dim] for rank, shape in enumerate(shapes) if elsewhere(rank) == here)
 
-    def _columns(self, shapes: Sequence[Sequence[int]], number: int, sites: int) -> list[tuple[slice, int]]:
-        numbers = torch.arange(prod(self.row_shape)).view(self.row_shape)
-        replicas, mine = 1, 0
-        for axis, placement in enumerate(self.placements):
-            size, place, dim = self.mesh.axes[axis].size, self.mesh.coordinate[axis], shard_dim(placement)
-            if isinstance(placement, Replicate):
-                replicas, mine = replicas * size, mine * size + place
-            elif dim in self._features:
-                numbers = self._my_columns(numbers, axis, shapes)
-        flat = numbers.reshape(-1)
-        held = prod(shapes[self.mesh.me][d] for d in self._features)
-        self._width = held
-        if len(flat) != held:
+    def _wanted(self, selection: Selection, numbers: Tensor, sample: Tensor) -> Tensor:
+        """Which columns of the whole row a selection takes, found by selecting from their numbers. A function of values
+        can be made where rows are whole on every rank."""
+        tokens = (2, 3)[: len(self.dims)]
+        try:
+            out = selection.take(numbers.expand(*tokens, *numbers.shape).movedim(tuple(range(len(tokens))), self.dims))
+        except (RuntimeError, TypeError, IndexError, ValueError):
+            out = torch.empty(0)
+        if out.dtype is torch.long and out.dim() >= len(tokens):
+            front = out.movedim(self.dims, tuple(range(len(tokens))))
+            first = front[(0,) * len(tokens)]
+            if tuple(front.shape[: len(tokens)]) == tokens and bool((front == first).all()):
+                return first
+        whole = all(isinstance(p, Replicate) or shard_dim(p) in self.dims for p in self.placements)
+        made = selection.take(sample) if whole else sample
+        kept = [made.shape[d] == sample.shape[d] for d in self.dims] if made.dim() >= len(self.dims) else [False]
+        if not whole or not all(kept):
             raise HarvestError(
-                f"{self.where}: rank {self.mesh.rank} holds {held} columns of {self.row_shape} and by its layout "
-                f"{self.placements} should hold {len(flat)}; give the layout with register and layout=.",
+                f"{self.where}: select= must leave a row for every token, and take columns by their places where ranks "
+                f"hold parts of a row ({self.placements}); choose tokens with positions=, and columns with an index.",
                 page="harvest-rows",
             )
-        own = _spread(len(flat), replicas, mine, number=number, sites=sites)
-        return _runs(flat, own)
+        self._select = selection.take
+        shape = [size for d, size in enumerate(made.shape) if d not in self.dims]
+        return torch.arange(prod(shape)).view(shape)
+
+    def _held(self, numbers: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
+        """The columns of the whole row that this rank's shard has, in its own order."""
+        for axis, placement in enumerate(self.placements):
+            if shard_dim(placement) in self._features:
+                numbers = self._my_columns(numbers, axis, shapes)
+        flat = numbers.reshape(-1)
+        here = prod(shapes[self.mesh.me][d] for d in self._features)
+        if len(flat) != here:
+            raise HarvestError(
+                f"{self.where}: rank {self.mesh.rank} holds {here} columns, and by its layout {self.placements} should "
+                f"hold {len(flat)}; harvest what the module puts out, whose layout is known.",
+                page="harvest-rows",
+            )
+        return flat
+
+    def _columns(self, wanted: Tensor, held: Tensor, number: int, sites: int) -> list[tuple[slice, int]]:
+        """Those that this rank writes: places in its shard's rows, and the first one's place in the whole row."""
+        place = torch.full((int(max(wanted.max(), held.max())) + 1,), -1)
+        place[held] = torch.arange(len(held))
+        mine = place[wanted]
+        there = (mine >= 0).nonzero().flatten()
+        replicas, own = 1, 0
+        for axis, placement in enumerate(self.placements):
+            if isinstance(placement, Replicate):
+                replicas = replicas * self.mesh.axes[axis].size
+                own = own * self.mesh.axes[axis].size + self.mesh.coordinate[axis]
+        self._width = len(held)
+        return _runs(mine[there], there, _spread(len(there), replicas, own, number=number, sites=sites))
 
     def _my_columns(self, numbers: Tensor, axis: int, shapes: Sequence[Sequence[int]]) -> Tensor:
         placement = self.placements[axis]
@@ -186,6 +235,8 @@ class Share:
             local = self._sum(local, axis)
         if not self.columns:
             return []
+        if self._select is not None:
+            local = self._select(local)
         front = local.movedim(self.dims, tuple(range(len(self.dims)))) if len(self.dims) > 1 else local
         flat = front.reshape(prod(front.shape[: len(self.dims)]), -1)
         if flat.shape[1] != self._width:
@@ -247,13 +298,13 @@ def _spread(width: int, replicas: int, mine: int, *, number: int, sites: int) ->
     return range(sum(sizes[:mine]), sum(sizes[: mine + 1]))
 
 
-def _runs(numbers: Tensor, own: range) -> list[tuple[slice, int]]:
-    """Columns that follow one another in the shard and in the whole."""
+def _runs(inside: Tensor, whole: Tensor, own: range) -> list[tuple[slice, int]]:
+    """Columns that follow one another both in the shard and in the whole."""
     found: list[tuple[slice, int]] = []
-    start = own.start
-    values: list[Any] = numbers.tolist()
+    places, numbers, start = inside.tolist(), whole.tolist(), own.start
     for i in own:
-        if i + 1 == own.stop or values[i + 1] != values[i] + 1:
-            found.append((slice(start, i + 1), values[start]))
+        last = i + 1 == own.stop
+        if last or places[i + 1] != places[i] + 1 or numbers[i + 1] != numbers[i] + 1:
+            found.append((slice(places[start], places[i] + 1), numbers[start]))
             start = i + 1
     return found
