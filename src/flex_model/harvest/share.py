@@ -241,8 +241,8 @@ class Share:
         flat = front.reshape(prod(front.shape[: len(self.dims)]), -1)
         if flat.shape[1] != self._width:
             raise HarvestError(
-                f"{self.where}: its rows have {flat.shape[1]} numbers on rank {self.mesh.rank}, and had {self._width} in "
-                f"the first step; harvest sites whose rows are of one size.",
+                f"{self.where}: its rows have {flat.shape[1]} numbers on rank {self.mesh.rank}, and had {self._width} "
+                f"in the first step; harvest sites whose rows are of one size.",
                 page="harvest-rows",
             )
         if index is not None:

@@ -119,7 +119,7 @@ class Writing:
                         page="harvest-dtype",
                     )
                 piece = {name: (rows, slice(start, start + rows.shape[1]))}
-                self._writer.append(step.number, piece, part=step.parts[name])
+                self._writer.append(step.number, piece, part=step.parts[name], owned=True)
                 self.bytes += rows.nbytes
         self.rows += sum(count for _, count in parts)
 
