@@ -125,9 +125,13 @@ class TokenBatches:
         self._max_tokens, self._max_batches, self._prefetch = max_tokens, max_batches, prefetch
         self._state = _State()  # after the last batch that was given
         self._begin = _State()  # where the next iteration begins
-        for name, limit in (("max_tokens", max_tokens), ("max_batches", max_batches), ("prefetch", prefetch or None)):
-            if limit is not None and (not isinstance(limit, int) or limit < 1):
-                raise DataError(f"{name}: expected a number from 1, found {limit!r}.", page="bad-argument")
+        for name, limit, least in (
+            ("max_tokens", max_tokens, 1),
+            ("max_batches", max_batches, 1),
+            ("prefetch", prefetch, 0),
+        ):
+            if limit is not None and (not isinstance(limit, int) or limit < least):
+                raise DataError(f"{name}: expected a number from {least}, found {limit!r}.", page="bad-argument")
 
     @property
     def total(self) -> int | None:
@@ -147,7 +151,7 @@ class TokenBatches:
         """
         form = [self._form.kind, self._form.name, self._form.label]
         tokenizer = None if self._encoder is None else self._encoder.hash()
-        parts = [[self._source.identity(), form], tokenizer, self._options.to_dict()]
+        parts = [[self._source.identity(self._form.wanted()), form], tokenizer, self._options.to_dict()]
         return "-".join(hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for part in parts)
 
     @property

@@ -18,7 +18,7 @@ from flex_model.texts.place import Place
 from flex_model.texts.record import columns
 from flex_model.texts.source import Source
 
-__all__ = ["FileSource", "has_suffix"]
+__all__ = ["FileSource", "file_kind", "has_suffix"]
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _PACKED = (".gz", ".zst")
@@ -29,10 +29,11 @@ _ROWS = 256  # of a table, read at once
 
 def has_suffix(name: str) -> bool:
     """Whether a file of this name is of a known kind."""
-    return _suffix(name) in (*_JSON, ".parquet", ".txt")
+    return file_kind(name) in (*_JSON, ".parquet", ".txt")
 
 
-def _suffix(name: str) -> str:
+def file_kind(name: str) -> str:
+    """Its suffix, without that of a compression."""
     path = Path(name)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _PACKED else path.suffix.lower()
 
@@ -52,7 +53,7 @@ class FileSource(Source):
                     yield Place(number, at, line), record
 
     def _read(self, path: Path, at: int, line: int, wanted: Collection[str]) -> Iterator[tuple[int, int, Any]]:
-        suffix = _suffix(path.name)
+        suffix = file_kind(path.name)
         if suffix == ".parquet":
             return _parquet(path, at, wanted)
         if suffix in _JSON:
@@ -63,12 +64,12 @@ class FileSource(Source):
 
     def tell(self, place: Place) -> str:
         path = self._paths[place.file]
-        suffix = _suffix(path.name)
-        if suffix in (".parquet", *_JSON) or self._lines:
-            return f"{path}, {'row' if suffix == '.parquet' else 'line'} {place.line + 1}"
-        return str(path)
+        suffix = file_kind(path.name)
+        if suffix == ".parquet":
+            return f"{path}, row {place.line}"
+        return f"{path}, line {place.line + 1}" if suffix in _JSON or self._lines else str(path)
 
-    def identity(self) -> list[Any]:
+    def identity(self, wanted: Collection[str]) -> list[Any]:
         pieces = _PIECES if len(self._paths) <= 64 else 2
         return [self._lines, *(_sampled(path, pieces) for path in self._paths)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,10 @@ class DatasetSource(Source):
     def tell(self, place: Place) -> str:
         return f"{self._name}, row {place.line}"
 
-    def identity(self) -> list[Any]:
+    def identity(self, wanted: Collection[str]) -> list[Any]:
+        rows = self._dataset.select_columns(list(wanted)) if self._dataset.column_names is not None else self._dataset
         if self.count is not None:
-            return [self.count, digest([self._dataset[i] for i in spread(self.count)])]
+            return [self.count, digest([rows[i] for i in spread(self.count)])]
         info = self._dataset.info
-        first = [row for row, _ in zip(self._dataset, range(1), strict=False)]
+        first = [{name: row.get(name) for name in wanted} for row in itertools.islice(rows, 1)]
         return [info.dataset_name, info.config_name, str(self._dataset.split), digest(first)]

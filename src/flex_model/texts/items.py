@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from flex_model.errors import DataError
@@ -57,15 +57,19 @@ class ItemSource(Source):
     def tell(self, place: Place) -> str:
         return f"item {place.line} of the texts"
 
-    def identity(self) -> list[Any]:
+    def identity(self, wanted: Collection[str]) -> list[Any]:
         if self.count is not None:
-            return [self.count, digest([self._items[i] for i in spread(self.count)])]
-        return [digest([item for _, item in self.first(())])]
+            return [self.count, digest([_part(self._items[i], wanted) for i in spread(self.count)])]
+        return [digest([_part(item, wanted) for _, item in self.first(wanted)])]
 
 
 def _is_list(items: Any) -> bool:
     """A list, a tensor or an array: whatever has a length and items by number."""
     return hasattr(items, "__len__") and hasattr(items, "__getitem__")
+
+
+def _part(item: Any, wanted: Collection[str]) -> Any:
+    return {name: item.get(name) for name in wanted} if isinstance(item, Mapping) else item
 
 
 def spread(count: int) -> list[int]:

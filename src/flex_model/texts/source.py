@@ -37,8 +37,8 @@ class Source(ABC):
         """A place, for a message."""
 
     @abstractmethod
-    def identity(self) -> list[Any]:
-        """JSON that is another for other data, from samples; paths are no part of it."""
+    def identity(self, wanted: Collection[str]) -> list[Any]:
+        """JSON that is another for other data, from samples of what is wanted; paths are no part of it."""
 
 
 def open_source(source: Any, *, split: str | None, subset: str | None, lines: bool) -> Source:
@@ -97,7 +97,7 @@ def _matches(pattern: str) -> list[str]:
 
 def _files(paths: list[str], *, lines: bool) -> Source:
     """Folders stand for the files of known kinds below them, in the order of their names; patterns too."""
-    from flex_model.texts.files import FileSource, has_suffix
+    from flex_model.texts.files import FileSource, file_kind, has_suffix
 
     found: list[Path] = []
     for given in paths:
@@ -105,6 +105,13 @@ def _files(paths: list[str], *, lines: bool) -> Source:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and has_suffix(p.name))
             some = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            kinds = sorted({file_kind(p.name) for p in some})
+            if len(kinds) > 1:
+                raise DataError(
+                    f"{given}: expected files of one kind, found {', '.join(kinds)}; give a pattern, such as "
+                    f"{path / ('**/*' + kinds[0])}.",
+                    page="bad-argument",
+                )
         else:
             some = [path] if path.is_file() else [Path(p) for p in _matches(str(path)) if Path(p).is_file()]
         if not some:
