@@ -18,6 +18,7 @@ from flex_model.errors import DataError
 from flex_model.texts import TokenBatches
 
 pytest.importorskip("transformers")
+np = pytest.importorskip("numpy")
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
@@ -164,7 +165,8 @@ def test_excluded_tokens_are_not_kept(asked: Any, ids: list[int]) -> None:
 
 
 def test_pad_to_context_and_labels() -> None:
-    records = [{"text": t, "label": i} for i, t in enumerate(TEXTS)]
+    kinds = (int, np.int64, torch.tensor)
+    records = [{"text": t, "label": kinds[i % 3](i)} for i, t in enumerate(TEXTS)]
     more = {"context_size": 8, "batch_size": 3, "label_field": "label"}
     batches = list(TokenBatches(records, tokenizer(), packing=False, pad_to="context", **more))
     assert {b.input_ids.shape[1] for b in batches} == {8} and (batches[0].input_ids[1, 2:] == 3).all()

@@ -333,6 +333,8 @@ def test_broken_tables(tmp_path: Path) -> None:
     [
         ([{"text": "w1", "n": "x"}], "n", "item 0 of the texts: expected the label 'n' to be an int, found str 'x'"),
         ([{"text": "w1", "n": [1]}], "n", "expected the label 'n' to be an int, found a list of 1"),
+        ([{"text": "w1", "n": 1 << 63}], "n", "expected the label 'n' to be an int, found int '9223372036854775808'"),
+        ([{"text": "w1", "n": 1.0}], "n", "expected the label 'n' to be an int, found float '1.0'"),
         ([{"text": "w1"}], "n", r"expected the label 'n' to be an int, found nothing \(null\)"),
         ([{"tokens": [1, 2], "n": [1]}], "n", "expected the label 'n' to be an int or 2 of them, found a list of 1"),
         (["w1"], "n", "label_field='n' needs records with fields, found str"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -42,49 +43,55 @@ class TokenBatch:
 
 
 class Sheet:
-    """The rows of one batch, filled from the left, one after the other."""
+    """The rows of one batch, filled one after the other. In arrays, for tensors are slow in small pieces."""
 
     def __init__(self, rows: int, width: int, *, pad: int, labelled: bool) -> None:
-        self.rows, self.width = rows, width
-        self.lengths = [0]  # of the rows that were begun
-        self._ids = torch.full((rows, width), pad)
-        self._documents = torch.full((rows, width), -1)
-        self._labels = torch.full((rows, width), IGNORED) if labelled else None
+        self.tokens = 0
+        self._rows, self._width, self._pad = rows, width, pad
+        self._lengths: list[int] = []  # of the rows that were ended
+        self._length = 0  # of the row that is being filled
+        self._ids, self._documents = array("q"), array("q")
+        self._labels = array("q") if labelled else None
 
     @property
     def room(self) -> int:
         """In the row that is being filled."""
-        return self.width - self.lengths[-1]
+        return self._width - self._length
 
     @property
     def full(self) -> bool:
         """Whether the last row was ended."""
-        return len(self.lengths) > self.rows
+        return len(self._lengths) == self._rows
 
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
+    def put(self, ids: array[int], document: int, labels: array[int] | int | None) -> None:
+        self._add(ids, document, labels)
+        self._length += len(ids)
+        self.tokens += len(ids)
 
-    def put(self, ids: Tensor | int, count: int, document: int, labels: Tensor | int | None) -> None:
-        row, begin = len(self.lengths) - 1, self.lengths[-1]
-        end = begin + count
-        self._ids[row, begin:end] = ids
-        self._documents[row, begin:end] = document
-        if self._labels is not None and labels is not None:
-            self._labels[row, begin:end] = labels
-        self.lengths[-1] = end
+    def _add(self, ids: array[int], document: int, labels: array[int] | int | None) -> None:
+        self._ids.extend(ids)
+        self._documents.extend(array("q", [document]) * len(ids))
+        if self._labels is not None:
+            one = IGNORED if labels is None else labels
+            self._labels.extend(array("q", [one]) * len(ids) if isinstance(one, int) else one)
 
     def end_row(self) -> None:
-        self.lengths.append(0)
+        self._add(array("q", [self._pad]) * self.room, -1, None)
+        self._lengths.append(self._length)
+        self._length = 0
 
     def batch(self, number: int, *, excluded: Tensor, whole_width: bool) -> TokenBatch:
         """Of the rows with tokens; as wide as the longest unless ``whole_width``."""
-        lengths = torch.tensor([n for n in self.lengths if n])
-        rows, width = len(lengths), self.width if whole_width else int(lengths.max())
-        positions = torch.arange(width).repeat(rows, 1)
+        if self._length:
+            self.end_row()
+        lengths = torch.tensor(self._lengths)
+        width = self._width if whole_width else int(lengths.max())
+        positions = torch.arange(width).repeat(len(lengths), 1)
         mask = positions < lengths[:, None]
-        ids = self._ids[:rows, :width].contiguous()
-        labels = None if self._labels is None else self._labels[:rows, :width].contiguous()
+        ids = self._tensor(self._ids, width)
+        labels = None if self._labels is None else self._tensor(self._labels, width)
         keep = mask & ~torch.isin(ids, excluded) if len(excluded) else mask
-        documents = self._documents[:rows, :width].contiguous()
-        return TokenBatch(number, ids, mask.long(), documents, positions, keep, labels)
+        return TokenBatch(number, ids, mask.long(), self._tensor(self._documents, width), positions, keep, labels)
+
+    def _tensor(self, flat: array[int], width: int) -> Tensor:
+        return torch.frombuffer(flat, dtype=torch.int64).view(-1, self._width)[:, :width].contiguous()

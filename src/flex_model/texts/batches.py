@@ -105,6 +105,9 @@ class TokenBatches:
         self._encoder = None if tokenizer is None else Encoder(tokenizer)
         if self._encoder is None and self._form.kind == "text":
             raise DataError(f"{self._source.names[0]} has texts; give a tokenizer.", page="bad-argument")
+        _check_limit("max_tokens", max_tokens, 1)
+        _check_limit("max_batches", max_batches, 1)
+        _check_limit("prefetch", prefetch, 0)
         self._options = resolve(
             self._encoder,
             ready=self._form.kind == "tokens",
@@ -125,13 +128,6 @@ class TokenBatches:
         self._max_tokens, self._max_batches, self._prefetch = max_tokens, max_batches, prefetch
         self._state = _State()  # after the last batch that was given
         self._begin = _State()  # where the next iteration begins
-        for name, limit, least in (
-            ("max_tokens", max_tokens, 1),
-            ("max_batches", max_batches, 1),
-            ("prefetch", prefetch, 0),
-        ):
-            if limit is not None and (not isinstance(limit, int) or limit < least):
-                raise DataError(f"{name}: expected a number from {least}, found {limit!r}.", page="bad-argument")
 
     @property
     def total(self) -> int | None:
@@ -239,3 +235,8 @@ def _form(source: Source, fields: Fields) -> Form:
     for place, record in source.first(fields.wanted()):
         return fields.form(record, source.tell(place))
     raise DataError(f"{source.names[0]} has no documents; give a source that has some.")
+
+
+def _check_limit(name: str, limit: int | None, least: int) -> None:
+    if limit is not None and (not isinstance(limit, int) or limit < least):
+        raise DataError(f"{name}: expected a number from {least}, found {limit!r}.", page="bad-argument")

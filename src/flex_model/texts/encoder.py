@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from flex_model.errors import DataError
 from flex_model.texts.optional import needed
 
@@ -48,14 +45,13 @@ class Encoder:
         told += [type(self._tokenizer).__name__, str(getattr(self._tokenizer, "split_special_tokens", False))]
         return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+    def encode(self, texts: Sequence[str]) -> list[array[int]]:
         """Token ids (T,) of each."""
         if self._fast is not None:
             rows = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         else:
             rows = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        held = [array("q", row) for row in rows]
-        return [torch.frombuffer(h, dtype=torch.int64) if h else torch.empty(0, dtype=torch.int64) for h in held]
+        return [array("q", row) for row in rows]
 
     def role(self, name: str) -> int | None:
         """The id of ``bos`` and the like, if the tokenizer has one."""
@@ -79,7 +75,7 @@ class Encoder:
             return found
         if not isinstance(asked, str):
             raise DataError(f"{option}: expected an id or a token, found {asked!r}.", page="bad-argument")
-        ids = self.encode([asked])[0].tolist()
+        ids = self.encode([asked])[0]
         if len(ids) != 1:
             raise DataError(
                 f"{option}: expected {asked!r} to be one token of {self.name}, found {len(ids)}; give an id, one of "

@@ -60,7 +60,7 @@ class FileSource(Source):
             return ((a, n, _record(raw, path, n)) for a, n, raw in _lines(path, at, line))
         if self._lines:
             return ((a, n, raw.rstrip(b"\r\n").decode()) for a, n, raw in _lines(path, at, line))
-        return iter(() if at else [(0, 0, _whole(path))])
+        return iter([(0, 0, _whole(path))])
 
     def tell(self, place: Place) -> str:
         path = self._paths[place.file]

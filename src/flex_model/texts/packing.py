@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
 
 from flex_model.texts.batch import IGNORED, Sheet
 from flex_model.texts.place import START, Cursor
@@ -19,26 +17,26 @@ class Document:
     """``ids`` (T,); ``labels`` (T,), or one for all of them; ``cursor`` is at its first token."""
 
     number: int
-    ids: Tensor
-    labels: Tensor | int | None
+    ids: array[int]
+    labels: array[int] | int | None
     cursor: Cursor
 
     def begun_with(self, token: int | None) -> Document:
         """With that token before its first, unless it is there."""
-        if token is None or not len(self.ids) or int(self.ids[0]) == token:
+        if token is None or not self.ids or self.ids[0] == token:
             return self
         labels = self.labels
-        if isinstance(labels, Tensor):
-            labels = torch.cat([torch.tensor([IGNORED]), labels])
-        return replace(self, ids=torch.cat([torch.tensor([token]), self.ids]), labels=labels)
+        if isinstance(labels, array):
+            labels = array("q", [IGNORED]) + labels
+        return replace(self, ids=array("q", [token]) + self.ids, labels=labels)
 
-    def label(self, begin: int, end: int) -> Tensor | int | None:
-        return self.labels[begin:end] if isinstance(self.labels, Tensor) else self.labels
+    def label(self, begin: int, end: int) -> array[int] | int | None:
+        return self.labels[begin:end] if isinstance(self.labels, array) else self.labels
 
     @property
     def added_label(self) -> int | None:
         """Of a token that was put beside it."""
-        return None if isinstance(self.labels, Tensor) else self.labels
+        return None if isinstance(self.labels, array) else self.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +82,12 @@ def fill(
 
 def _put(sheet: Sheet, document: Document, at: int, before: Document | None, packing: Packing) -> int:
     """As many of the document's tokens from ``at`` on as the row has room for; returns where they end."""
-    first = int(document.ids[at])
-    if before is None and packing.context_begin not in (None, first):
-        sheet.put(packing.context_begin, 1, document.number, document.added_label)
-    elif before is not None and packing.separator not in (None, first):
-        sheet.put(packing.separator, 1, before.number, before.added_label)
+    first = document.ids[at]
+    if before is None:
+        if packing.context_begin not in (None, first):
+            sheet.put(array("q", [packing.context_begin]), document.number, document.added_label)
+    elif packing.separator not in (None, first):
+        sheet.put(array("q", [packing.separator]), before.number, before.added_label)
     end = min(at + sheet.room, len(document.ids))
-    if end > at:
-        sheet.put(document.ids[at:end], end - at, document.number, document.label(at, end))
+    sheet.put(document.ids[at:end], document.number, document.label(at, end))
     return end

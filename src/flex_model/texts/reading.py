@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-
-from torch import Tensor
 
 from flex_model.errors import DataError
 from flex_model.texts.encoder import Encoder
@@ -29,8 +28,8 @@ class _Read:
     """A record that was read: its text or its tokens."""
 
     number: int
-    value: str | Tensor
-    labels: Tensor | int | None
+    value: str | array[int]
+    labels: array[int] | int | None
     cursor: Cursor
     place: Place
 
@@ -75,9 +74,9 @@ class Reading:
             first, skip = first + len(block), 0
 
     def _encoded(self, group: list[_Read]) -> Iterator[Document]:
-        rows: Iterable[Tensor]
+        rows: Iterable[array[int]]
         if self.encoder is None or self.form.kind == "tokens":
-            rows = [read.value for read in group if isinstance(read.value, Tensor)]
+            rows = [read.value for read in group if isinstance(read.value, array)]
         else:
             try:
                 rows = self.encoder.encode([str(read.value) for read in group])
@@ -86,7 +85,7 @@ class Reading:
         for read, ids in zip(group, rows, strict=True):
             yield Document(read.number, ids, read.labels, read.cursor)
 
-    def _one_by_one(self, encoder: Encoder, group: list[_Read]) -> Iterator[Tensor]:
+    def _one_by_one(self, encoder: Encoder, group: list[_Read]) -> Iterator[array[int]]:
         """To find the text that a tokenizer refuses."""
         for read in group:
             try:

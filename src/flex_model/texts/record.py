@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from flex_model.errors import DataError
 
-__all__ = ["Fields", "Form", "columns", "token_tensor"]
+__all__ = ["Fields", "Form", "columns", "int_array"]
 
 READY = ("input_ids", "tokens", "token_ids")
 
@@ -70,16 +71,17 @@ class Form:
     def wanted(self) -> list[str]:
         return [name for name in (self.name, self.label) if name is not None]
 
-    def read(self, record: Any, where: Callable[[], str]) -> tuple[str | Tensor, int | Tensor | None]:
+    def read(self, record: Any, where: Callable[[], str]) -> tuple[str | array[int], int | array[int] | None]:
         """The text or the token ids (T,), and the label or labels (T,)."""
         value: Any = self._value(record, where)
         if self.kind == "text":
             if not isinstance(value, str):
                 raise DataError(f"{where()}: expected a text, found {_kind(value)}.")
             return value, None if self.label is None else self._label(record, None, where)
-        ids = token_tensor(value)
-        if ids is None or (len(ids) and int(ids.min()) < 0):
-            found = _kind(value) if ids is None else f"the id {int(ids.min())}"
+        ids = int_array(value)
+        least = 0 if not ids else int(torch.frombuffer(ids, dtype=torch.int64).min())  # Python's min is slow
+        if ids is None or least < 0:
+            found = _kind(value) if ids is None else f"the id {least}"
             raise DataError(f"{where()}: expected a list of token ids, found {found}.")
         return ids, None if self.label is None else self._label(record, len(ids), where)
 
@@ -94,11 +96,12 @@ class Form:
             )
         return record[self.name]
 
-    def _label(self, record: Mapping[str, Any], tokens: int | None, where: Callable[[], str]) -> int | Tensor:
+    def _label(self, record: Mapping[str, Any], tokens: int | None, where: Callable[[], str]) -> int | array[int]:
         value = record.get(self.label or "")
-        if isinstance(value, int) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point()):
-            return int(value)
-        labels = token_tensor(value)
+        one_label = _int(value)
+        if one_label is not None:
+            return one_label
+        labels = int_array(value)
         if labels is None or tokens is None or len(labels) != tokens:
             one = "an int" if tokens is None else f"an int or {tokens} of them"
             found = _kind(value) if labels is None else f"a list of {len(labels)}"
@@ -106,16 +109,15 @@ class Form:
         return labels
 
 
-def token_tensor(value: Any) -> Tensor | None:
-    """Integers (T,) as int64; None for anything else."""
+def int_array(value: Any) -> array[int] | None:
+    """Integers (T,); None for anything else."""
     if isinstance(value, list | tuple):
         if value and isinstance(value[0], bool):
             return None
         try:
-            held = array("q", value)  # several times faster than torch.tensor
+            return array("q", value)
         except (TypeError, OverflowError):
             return None
-        return torch.frombuffer(held, dtype=torch.int64) if held else torch.empty(0, dtype=torch.int64)
     if not isinstance(value, Tensor) and not hasattr(value, "__array_interface__"):
         return None
     try:
@@ -123,11 +125,20 @@ def token_tensor(value: Any) -> Tensor | None:
     except TypeError:  # an array of objects
         return None
     whole = ids.dim() == 1 and ids.dtype is not torch.bool and not ids.is_floating_point() and not ids.is_complex()
-    return ids.to("cpu", torch.int64) if whole else None
+    return array("q", ids.tolist()) if whole else None
+
+
+def _int(value: Any) -> int | None:
+    """An int, or what numpy and torch have for one, that fits into 64 bits."""
+    try:
+        one = index(value) if getattr(value, "ndim", 0) == 0 else None
+    except TypeError:
+        return None
+    return one if one is not None and -(1 << 63) <= one < 1 << 63 else None
 
 
 def _is_ready(value: Any) -> bool:
-    return not isinstance(value, str | Mapping) and token_tensor(value) is not None
+    return not isinstance(value, str | Mapping) and int_array(value) is not None
 
 
 def _kind(value: Any) -> str:
