@@ -71,6 +71,14 @@ class Batch:
         )
         return mine.without_rows() if idle else mine
 
+    def as_run(self, ranks: int) -> Batch:
+        """The whole batch as several ranks run it: those without samples run one that has no rows."""
+        if ranks == 1 or len(self.keep) >= ranks:
+            return self
+        parts = [self.dealt(place, ranks) for place in range(ranks)]
+        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in self.columns}
+        return replace(self, keep=torch.cat([part.keep for part in parts]), columns=columns)
+
     def without_rows(self) -> Batch:
         """It runs for other ranks only."""
         return replace(self, keep=torch.zeros_like(self.keep))

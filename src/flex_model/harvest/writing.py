@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,18 @@ from flex_model.harvest.together import Together
 from flex_model.store import ActivationStore, StoredSite, StoreWriter
 from flex_model.store.place import open_place, telling
 
-__all__ = ["Writing"]
+__all__ = ["Begun", "Writing"]
+
+_LOADER = "loader.json"  # the last committed step, and the state of the loader behind its batch
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A store that another run has begun."""
+
+    next_step: int
+    about: dict[str, Any]
+    loader: Any
 
 
 class Writing:
@@ -27,7 +40,7 @@ class Writing:
         self.path, self.together, self._limits = path, together, limits
         self.rows = self.bytes = 0
         self._writer: StoreWriter | None = None
-        self._pending: int | None = None
+        self._pending: tuple[int, Any] | None = None  # the step of a commit, and where the loader was
         self._kept: Step | None = None  # its values may still be on their way from a device
         self._beside: tuple[Mapping[str, Tensor], list[tuple[int, int]]] = ({}, [])
 
@@ -38,22 +51,24 @@ class Writing:
         store = ActivationStore(self.path)
         return {n: StoredSite(store[n].shape[1:], store[n].dtype, store[n].layout) for n in store.sites}
 
-    def look(self, *, resume: bool) -> tuple[int, dict[str, Any] | None]:
-        """The next step of the store that is there, and what it says about itself; 0 and None where there is none."""
+    def look(self, *, resume: bool) -> Begun | None:
+        """The store that is there, if any."""
 
-        def read() -> tuple[int, dict[str, Any] | None]:
+        def read() -> Begun | None:
             place = open_place(self.path)
             with telling(f"{place} cannot be read"):
                 there = place.read("manifest.json") is not None
+                loader = place.read(_LOADER)
             if not there:
-                return 0, None
+                return None
             if not resume:
                 raise HarvestError(
                     f"{place} is a store already, and resume=False was given; choose another path, or remove it.",
                     page="harvest-resume",
                 )
             store = ActivationStore(self.path)
-            return store.last_step + 1, store.about
+            step, state = json.loads(loader) if loader is not None else (None, None)
+            return Begun(store.last_step + 1, store.about, state if step == store.last_step else None)
 
         return self.together.on_main(read, "the look at the store")
 
@@ -123,21 +138,28 @@ class Writing:
                 self.bytes += rows.nbytes
         self.rows += sum(count for _, count in parts)
 
-    def commit(self, step: int) -> None:
-        """Begin to commit all up to ``step``, and make the commit before it count. All ranks."""
+    def commit(self, step: int, loader: Any) -> None:
+        """Begin to commit all up to ``step``, and make the commit before it count; ``loader``: its state. All ranks."""
         self.flush()
         self._settle()
         assert self._writer is not None
         self._writer.commit(step, wait=False)
-        self._pending = step
+        self._pending = step, loader
 
     def _settle(self) -> None:
         if self._pending is None:
             return
-        writer, step = self._writer, self._pending
+        writer, (step, loader) = self._writer, self._pending
         assert writer is not None
         self.together.each(lambda: writer.tabled(step), "a commit")
-        self.together.on_main(lambda: writer.publish(step), "a commit")
+
+        def publish() -> None:
+            writer.publish(step)
+            place = open_place(self.path)
+            with telling(f"{place} cannot be written"):
+                place.write(_LOADER, json.dumps([step, loader]).encode())
+
+        self.together.on_main(publish, "a commit")
         self._pending = None
 
     def finish(self) -> None:
