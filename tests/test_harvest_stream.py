@@ -1,4 +1,4 @@
-"""``fm.stream``: the rows of a harvest without a disk, each once, the same on every rank; and what ``dry_run`` tells."""
+"""``fm.stream``: a harvest's rows without a disk, each once, the same on every rank; and what ``dry_run`` tells."""
 
 from __future__ import annotations
 

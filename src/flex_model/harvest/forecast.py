@@ -79,7 +79,7 @@ def forecast(run: Run, loader: Loader, path: str | Path) -> Forecast:
     with run.hooked():
         for number, given in enumerate(islice(loader.batches(0), _TIMED)):
             started = time.perf_counter()
-            whole, mine = run.batch(given)
+            whole, mine = run.batch(given, loader.contexts)
             run.step(number, mine)
             run.taking.end().ready()
             rows.append(int(whole.keep.sum()))

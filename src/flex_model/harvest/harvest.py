@@ -72,7 +72,7 @@ def harvest(
         with meter, run.hooked():
             meter.skip(first)
             loop = _Loop(run, writing, meter, about, new=begun is None)
-            loop.go(loader, first, begun.loader if begun is not None else None)
+            loop.go(loader, first, begun.place if begun is not None else None)
     except BaseException:
         writing.drop()
         raise
@@ -90,14 +90,14 @@ class _Loop:
         self._since = 0  # steps since the last commit
         self._error: FlexModelError | None = None
 
-    def go(self, loader: Loader, first: int, state: Any) -> None:
+    def go(self, loader: Loader, first: int, place: Any) -> None:
         number = first - 1
-        for number, (given, idle) in enumerate(self._together(loader.batches(first, state)), first):
+        for number, (given, idle) in enumerate(self._together(loader.batches(first, place)), first):
             self.step(number, given, loader, idle=idle)
         if self.meter.steps:
             self.meet()
             if self._since:
-                self.writing.commit(number, loader.state())
+                self.writing.commit(number, loader.place())
             self.writing.finish()
         self.rows = sum(self.run.together.tell(self.rows, "the end of the harvest"))
 
@@ -123,7 +123,8 @@ class _Loop:
 
     def step(self, number: int, given: Any, loader: Loader, *, idle: bool) -> None:
         started = time.perf_counter()
-        whole, mine = self.run.batch(given)
+        whole, mine = self.run.batch(given, loader.contexts)
+        loader.took(len(whole.keep))
         mine = mine.without_rows() if idle else mine
         self.run.step(number, mine)
         if not self.meter.steps:
@@ -152,7 +153,7 @@ class _Loop:
             self._every = self._steps_a_commit(seconds)
         if self._every is not None and self._since >= self._every:
             self.meet()
-            self.writing.commit(number, loader.state())
+            self.writing.commit(number, loader.place())
             self._since = 0
         elif self.run.together.ranks == 1 or done % _MEETING == 0 or done & (done - 1) == 0:
             self.meet()
@@ -166,6 +167,7 @@ class _Loop:
 
     def meet(self) -> None:
         """All that failed on any rank is raised on all."""
+        self.writing.settle(wait=False)
         if self.run.together.ranks > 1:
             self.run.runtime.outbox.flush()
         self.run.together.each(self._raise, "a meeting of the harvest")

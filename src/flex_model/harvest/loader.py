@@ -24,6 +24,7 @@ class Loader:
 
     def __init__(self, given: Iterable[Any], *, own: bool) -> None:
         self._given: Any = given
+        self.contexts = 0 if not own else None  # given before this batch; None where other ranks give others
         self._stateful = not own and hasattr(given, "state_dict") and hasattr(given, "load_state_dict")
 
     @property
@@ -34,8 +35,11 @@ class Loader:
         except TypeError:
             return getattr(self._given, "total", None)
 
-    def batches(self, first: int, state: Any = None) -> Iterator[Any]:
-        """From a number on; ``state``: that of behind the batch before it."""
+    def batches(self, first: int, place: Any = None) -> Iterator[Any]:
+        """From a number on; ``place``: that behind the batch before it."""
+        state = place["state"] if place is not None else None
+        if first:
+            self.contexts = place["contexts"] if place is not None else None
         if first and self._stateful and state is not None:
             self._given.load_state_dict(state)
             return iter(self._given)
@@ -44,21 +48,25 @@ class Loader:
             return found
         return islice(self._given, first, None)
 
-    def state(self) -> Any:
-        """Behind the last batch; None where there is none that JSON can hold."""
-        if not self._stateful:
-            return None
-        state = self._given.state_dict()
+    def place(self) -> Any:
+        """Behind the last batch; ``state``: None where there is none that JSON can hold."""
+        state = self._given.state_dict() if self._stateful else None
         try:
             json.dumps(state)
         except TypeError:
-            return None
-        return state
+            state = None
+        return {"state": state, "contexts": self.contexts}
+
+    def took(self, contexts: int) -> None:
+        if self.contexts is not None:
+            self.contexts += contexts
 
 
 def about_run(fm: FlexModel, batches: Any, job: Asked) -> dict[str, Any]:
     """What the store says of how it was made. What is under ``data`` must not change when it is gone on with."""
-    config, wanted = getattr(fm.module, "config", None), job.wanted
+    root, wanted = fm._runtime.root, job.wanted
+    config, kind = getattr(root, "config", None), fm._runtime.engines.plain_class(root) or type(root)
+    told = getattr(batches, "about", None)
     data = {
         "batches": getattr(batches, "fingerprint", None),
         "positions": repr(wanted.positions),
@@ -67,13 +75,22 @@ def about_run(fm: FlexModel, batches: Any, job: Asked) -> dict[str, Any]:
         "own_batches": job.own_batches,
     }
     return {
-        "model": getattr(config, "name_or_path", "") or type(fm.module).__name__,
+        "model": getattr(config, "name_or_path", "") or kind.__name__,
         "revision": getattr(config, "_commit_hash", None),
         "hook_type": job.hook_type,
-        "batches": getattr(batches, "about", None),
+        "batches": told,
+        **_contexts(told),
         **job.about,
         "data": data,
     }
+
+
+def _contexts(told: Any) -> dict[str, Any]:
+    """What exports ask about: how long contexts are, and whether they hold several documents."""
+    options = told.get("options", {}) if isinstance(told, dict) else {}
+    if "context_size" not in options:
+        return {}
+    return {"context_size": options["context_size"], "packed": bool(options.get("packing", {}).get("join"))}
 
 
 def check_same(path: str, begun: Begun | None, here: dict[str, Any]) -> None:

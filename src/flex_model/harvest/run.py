@@ -128,9 +128,9 @@ class Run:
                 for module in training:
                     module.training = True
 
-    def batch(self, given: Any) -> tuple[Batch, Batch]:
-        """The whole batch of a step, and this rank's part of it."""
-        whole = as_batch(given, self.job.wanted, takes=self._takes)
+    def batch(self, given: Any, context: int | None) -> tuple[Batch, Batch]:
+        """The whole batch of a step, whose first context has this number, and this rank's part of it."""
+        whole = as_batch(given, self.job.wanted, takes=self._takes, context=context)
         return whole, whole if self.job.own_batches else whole.dealt(self.place, self.dealers)
 
     def step(self, number: int, batch: Batch, *, of: Batch | None = None) -> None:

@@ -165,11 +165,13 @@ class Share:
         """Which columns of the whole row a selection takes, found by selecting from their numbers. A function of values
         can be made where rows are whole on every rank."""
         tokens = (2, 3)[: len(self.dims)]
+        given = numbers.expand(*tokens, *numbers.shape).movedim(tuple(range(len(tokens))), self.dims)
         try:
-            out = selection.take(numbers.expand(*tokens, *numbers.shape).movedim(tuple(range(len(tokens))), self.dims))
+            out, renamed = selection.take(given), selection.take(7 * given + 3)
+            chooses = out.dtype is torch.long and torch.equal(renamed, 7 * out + 3)  # and does not count with them
         except (RuntimeError, TypeError, IndexError, ValueError):
-            out = torch.empty(0)
-        if out.dtype is torch.long and out.dim() >= len(tokens):
+            chooses = False
+        if chooses and out.dim() >= len(tokens):
             front = out.movedim(self.dims, tuple(range(len(tokens))))
             first = front[(0,) * len(tokens)]
             if tuple(front.shape[: len(tokens)]) == tokens and bool((front == first).all()):

@@ -29,7 +29,8 @@ def stream(run: Run, loader: Loader, *, batch_size: int, buffer: int, seed: int,
 def _rows(run: Run, loader: Loader) -> Iterator[Rows]:
     """The rows of each batch, in order, on every rank. Hooks are on while the model runs, and not in between."""
     for number, given in enumerate(loader.batches(0)):
-        whole, mine = run.batch(given)
+        whole, mine = run.batch(given, loader.contexts)
+        loader.took(len(whole.keep))
         with run.hooked():
             run.step(number, mine, of=whole.as_run(run.dealers))
         rows = run.taking.end()

@@ -18,7 +18,7 @@ from flex_model.store.place import open_place, telling
 
 __all__ = ["Begun", "Writing"]
 
-_LOADER = "loader.json"  # the last committed step, and the state of the loader behind its batch
+_LOADER = "loader.json"  # where the loader was at the last two commits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Begun:
 
     next_step: int
     about: dict[str, Any]
-    loader: Any
+    place: Any  # of its loader; None where that was not kept
 
 
 class Writing:
@@ -40,7 +40,8 @@ class Writing:
         self.path, self.together, self._limits = path, together, limits
         self.rows = self.bytes = 0
         self._writer: StoreWriter | None = None
-        self._pending: tuple[int, Any] | None = None  # the step of a commit, and where the loader was
+        self._pending: int | None = None
+        self._places: dict[str, Any] = {}  # {step of a commit: where the loader was}, of the last two
         self._kept: Step | None = None  # its values may still be on their way from a device
         self._beside: tuple[Mapping[str, Tensor], list[tuple[int, int]]] = ({}, [])
 
@@ -67,8 +68,8 @@ class Writing:
                     page="harvest-resume",
                 )
             store = ActivationStore(self.path)
-            step, state = json.loads(loader) if loader is not None else (None, None)
-            return Begun(store.last_step + 1, store.about, state if step == store.last_step else None)
+            places = json.loads(loader) if loader is not None else {}
+            return Begun(store.last_step + 1, store.about, places.get(str(store.last_step)))
 
         return self.together.on_main(read, "the look at the store")
 
@@ -138,33 +139,38 @@ class Writing:
                 self.bytes += rows.nbytes
         self.rows += sum(count for _, count in parts)
 
-    def commit(self, step: int, loader: Any) -> None:
-        """Begin to commit all up to ``step``, and make the commit before it count; ``loader``: its state. All ranks."""
+    def commit(self, step: int, place: Any) -> None:
+        """Begin to commit all up to ``step``, and make the commit before it count; ``place``: where the loader is
+        then. All ranks."""
         self.flush()
-        self._settle()
+        self.settle()
         assert self._writer is not None
         self._writer.commit(step, wait=False)
-        self._pending = step, loader
+        self._pending = step
+        self._places = {**dict(list(self._places.items())[-1:]), str(step): place}
 
-    def _settle(self) -> None:
+    def settle(self, *, wait: bool = True) -> None:
+        """Make the last commit count; without waiting, if all ranks are through with it. All ranks."""
         if self._pending is None:
             return
-        writer, (step, loader) = self._writer, self._pending
+        writer, step = self._writer, self._pending
         assert writer is not None
-        self.together.each(lambda: writer.tabled(step), "a commit")
+        ready = self.together.each(lambda: writer.tabled(step, wait=wait), "a commit")
+        if not wait and not all(self.together.tell(ready, "a commit")):
+            return
 
         def publish() -> None:
-            writer.publish(step)
             place = open_place(self.path)
             with telling(f"{place} cannot be written"):
-                place.write(_LOADER, json.dumps([step, loader]).encode())
+                place.write(_LOADER, json.dumps(self._places).encode())  # of the commit before, too: it may end here
+            writer.publish(step)
 
         self.together.on_main(publish, "a commit")
         self._pending = None
 
     def finish(self) -> None:
         """Make the last commit count, and end. All ranks."""
-        self._settle()
+        self.settle()
         if self._writer is not None:
             self._writer.close()
 

@@ -58,7 +58,8 @@ class WriteQueue:
         """Until something that the work brings about is so; or until all is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._error or (until() if until is not None else not self._tasks))
-            self._check()
+            if until is None or not until():
+                self._check()
 
     @property
     def bytes(self) -> int:

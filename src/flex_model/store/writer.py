@@ -304,9 +304,11 @@ class StoreWriter:
         if not lanes:
             self._queue.put("table", closed)
 
-    def tabled(self, step: int) -> None:
-        """Wait until this rank's table of a commit is written."""
-        self._queue.wait(lambda: self._tabled >= step)
+    def tabled(self, step: int, *, wait: bool = True) -> bool:
+        """Whether this rank's table of a commit is written; wait for it unless ``wait=False``."""
+        if wait:
+            self._queue.wait(lambda: self._tabled >= step)
+        return self._tabled >= step
 
     def _save_table(self, step: int, lanes: Mapping[LaneKey, Lane]) -> None:
         table = Commit(step)
