@@ -48,7 +48,7 @@ def to_safetensors(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Exported:
-    """Write a folder of ``data-00000-of-00004.safetensors``, ... and ``_index.json``, which says who has which rows.
+    """Write a folder of ``data-00000-of-00004.safetensors``, ... and ``index.json``, which says who has which rows.
 
     >>> to_safetensors(ActivationStore("acts"), "out", sites=["model.layers.3"])             # doctest: +SKIP
     >>> safetensors.torch.load_file("out/data-00000-of-00001.safetensors")["token_ids"]      # doctest: +SKIP

@@ -9,7 +9,7 @@ from typing import Any
 
 from flex_model.errors import StoreError
 from flex_model.store.export.selection import Selection
-from flex_model.store.export.staging import INDEX, Sink, Staging
+from flex_model.store.export.staging import HIDDEN_INDEX, INDEX, Sink, Staging
 
 __all__ = ["Exported", "Shards"]
 
@@ -72,5 +72,6 @@ class Shards:
             ],
             "about": selection.store.about,
         }
-        folder.write(INDEX, body)
+        # readers of a folder of Parquet take every file that is not hidden for one
+        folder.write(HIDDEN_INDEX if kind == "parquet" else INDEX, body)
         return Exported(Path(path), kind, self.total * per, tuple(names), sum(folder.sizes[n] for n in names), **more)

@@ -16,9 +16,9 @@ from typing import Any
 from flex_model.errors import StoreError
 from flex_model.store.place import Folder, _sync_folder
 
-__all__ = ["INDEX", "Sink", "Staging", "staging"]
+__all__ = ["HIDDEN_INDEX", "INDEX", "Sink", "Staging", "staging"]
 
-INDEX = "_index.json"  # readers of Parquet pass over names that begin so
+INDEX, HIDDEN_INDEX = "index.json", ".index.json"  # one of them is in every export
 _LOCK = ".lock"
 
 
@@ -134,7 +134,7 @@ def _check_free(target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise StoreError(f"{target} is there already; give overwrite=True, or another path.", page="export-exists")
-    if target.is_symlink() or not (target / INDEX).is_file():
+    if target.is_symlink() or not any((target / name).is_file() for name in (INDEX, HIDDEN_INDEX)):
         raise StoreError(
             f"{target} is no export (it has no {INDEX}), so that it is not overwritten; remove it yourself.",
             page="export-exists",
