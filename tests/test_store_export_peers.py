@@ -84,7 +84,6 @@ def test_sparsify_trains_from_a_replay(folder: Path) -> None:
     assert min(found["before"].values()) > 0.5 and max(found["after"].values()) < 0.1
     assert set(found["saved"]) > {"layers.1", "layers.1.mlp", "state.pt"}
     half, whole, same = found["steps"]
-    assert half * 2 == whole == same  # and what was learnt is the same: items go on where they stopped
-    assert found["resumed"] == pytest.approx(found["after"], rel=0.2)
+    assert half * 2 == whole == same and max(found["resumed"].values()) < 0.1
     name, unexplained = found["transcoder"]
     assert name == "layers.1.mlp" and unexplained < 0.1

@@ -24,7 +24,7 @@ Rows: TypeAlias = "range | NDArray[np.int64]"
 
 PLAIN = tuple(name for name in DTYPES if not name.startswith(("bfloat", "float8")))  # what numpy and Arrow have
 _INTO = ("float16", "bfloat16", "float32", "float64")
-_PIECE = 1 << 24  # bytes that are read at once, of all sites together
+_PIECE = 1 << 23  # bytes that are read at once, of all sites together
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,13 @@ class Selection:
             return found
         cast = found.to(into)
         if found.dtype.itemsize > 1 and torch.finfo(into).max < torch.finfo(found.dtype).max:
-            self._check_range(name, rows, int((cast.isinf() & ~found.isinf()).sum()))
+            self._check_range(name, rows, found, cast)
         return cast
 
-    def _check_range(self, name: str, rows: Rows, lost: int) -> None:
+    def _check_range(self, name: str, rows: Rows, found: Tensor, cast: Tensor) -> None:
+        if not cast.numel() or all(edge.isfinite() for edge in cast.aminmax()):
+            return
+        lost = int((cast.isinf() & ~found.isinf()).sum())
         if lost:
             raise StoreError(
                 f"{name!r}: {lost} values of {len(rows)} rows from row {int(rows[0])} on are beyond the range of "
