@@ -1,6 +1,8 @@
-"""Environments of other packages, beside this project's own: what its pins and theirs cannot share.
+"""Environments of other packages, beside this project's own, which they are no part of.
 
-python benchmarks/environments.py              make those that tests need; nothing is done to one that is there
+    python benchmarks/environments.py              make those that tests need; nothing is done to one that is there
+
+``lines.py`` makes its own as it needs them.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ from pathlib import Path
 PEERS = Path(__file__).parent / ".peers"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
-# What trains sparse autoencoders, and what FlexModel's store needs; of both, what constraints.txt pins.
 TESTED = {
-    "saes": ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "torch==2.13.0", "ml_dtypes", "safetensors", "xxhash"],
+    "saes": [line for line in (Path(__file__).parent / "saes.txt").read_text().splitlines() if not line.startswith("#")]
 }
 
 
@@ -48,7 +49,7 @@ def main() -> None:
         try:
             print(f"{folder}: {make(folder, needs, constrained=True)}")
         except subprocess.CalledProcessError as error:
-            sys.exit(f"{folder} cannot be made of {', '.join(needs)}:\n{error.stderr}")
+            sys.exit(f"{folder} cannot be made:\n{error.stderr}")
 
 
 if __name__ == "__main__":

@@ -136,9 +136,16 @@ def sparsify_replay(folder: Path) -> dict[str, Any]:
         replay = Replay(data, hookpoints=points, inputs=inputs, epochs=epochs)
         config = sparsify.SparseCoderConfig(k=4, expansion_factor=3, transcode=transcode, skip_connection=transcode)
         made = sparsify.TrainConfig(
-            config, batch_size=2, hookpoints=["layers.1.mlp" if transcode else "layers.1*"], log_to_wandb=False, run_name=name, optimizer="adam",
-            lr=1e-2, lr_warmup_steps=1, save_every=10**6,
-        )  # fmt: skip
+            config,
+            batch_size=2,
+            hookpoints=["layers.1.mlp" if transcode else "layers.1*"],
+            log_to_wandb=False,
+            run_name=name,
+            optimizer="adam",
+            lr=1e-2,
+            lr_warmup_steps=1,
+            save_every=10**6,
+        )
         return sparsify.Trainer(made, replay.dataset, replay.model)
 
     def end(made: Any) -> dict[str, float]:
