@@ -139,6 +139,18 @@ def test_every_dtype_in_safetensors(tmp_path: Path) -> None:
         assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_into_what_others_have(tmp_path: Path, name: str) -> None:
+    whole = torch.randn(40, 3).to(getattr(torch, name))
+    with StoreWriter.create(tmp_path / "acts", sites={"x": StoredSite((3,), name)}) as writer:
+        writer.append(0, {"x": whole})
+        writer.commit(0)
+    store = ActivationStore(tmp_path / "acts")
+    for into in ("float16", "float32"):
+        made = to_parquet(store, tmp_path / into, dtype=into)
+        assert torch.equal(read(made)["x"], whole.to(getattr(torch, into)))
+
+
 def test_other_readers(store: ActivationStore, tmp_path: Path) -> None:
     """pandas, and the Parquet loader of datasets."""
     pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
@@ -159,6 +171,7 @@ def test_a_store_without_rows(tmp_path: Path) -> None:
         assert made.rows == 0 and read(made)["x"].shape == (0, 2)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of statistics of what is infinite
 def test_a_value_beyond_the_range(tmp_path: Path) -> None:
     rows = torch.tensor([[1.0, 2.0], [7e4, -8e4], [float("inf"), float("nan")]])
     with StoreWriter.create(tmp_path / "acts", sites={"x": StoredSite((2,))}) as writer:

@@ -46,8 +46,9 @@ def to_saelens(
     ...     cached_activations_path="out", context_size=128, ...)                            # doctest: +SKIP
 
     A row is a context: under each hook's name ``Array2D((context_size, d_in))``, d_in being the site's row flattened,
-    and ``token_ids`` as int32 if the store has them. ``hook_names``: by site; others keep their module's name, which
-    is SAELens's own for models of transformers. SAELens takes one hook of a folder.
+    and ``token_ids`` as int32 if the store has them. ``hook_names``: by site; others of ``sites`` (if None: there are
+    none, or all without ``hook_names``) keep their module's name, which is SAELens's own for models of transformers.
+    SAELens takes one hook of a folder, and reads ``token_ids`` in its own ``dtype``, which should hold them.
 
     ``context_size``: what the store's ``about`` says if None. ``start``: the first position that goes out (1 where
     the first tokens were not stored), as SAELens's ``seqpos_slice=(start, None)``; its ``context_size`` is then the

@@ -55,7 +55,7 @@ def to_safetensors(
 
     Each file has rows that follow one another, of all sites ``(rows, ...)`` and side columns ``(rows,)``, by name.
     ``rows``: which, and in which order, as for ``store[site][rows]``; ``dtype``: of sites of floating point, as
-    stored if None. Memory holds some ten MiB whatever ``shard_bytes`` is. ``path`` is there when all is written, and
+    stored if None. Memory holds some 30 MiB whatever ``shard_bytes`` is. ``path`` is there when all is written, and
     not before. Raises StoreError where it is taken (``overwrite`` replaces an earlier export), a value is beyond the
     range of ``dtype``, or the disk fails.
     """

@@ -35,7 +35,7 @@ def to_parquet(
     >>> to_parquet(ActivationStore("acts"), "out", dtype="float32")                          # doctest: +SKIP
     >>> pyarrow.parquet.read_table("out"); datasets.load_dataset("parquet", data_dir="out")  # doctest: +SKIP
 
-    A site of several dims is flattened, its shape in the field's metadata. A row group is at most 16 MiB. Parquet
+    A site of several dims is flattened, its shape in the field's metadata. A row group is at most 8 MiB. Parquet
     has neither bf16 nor fp8: give ``dtype``. The rest is as for ``to_safetensors``.
     """
     chosen = _select(store, sites, columns, rows, dtype, "Parquet")
