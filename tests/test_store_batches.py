@@ -3,6 +3,8 @@ test_store_export_peers.py."""
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 from itertools import islice
 from typing import Any
 
@@ -71,6 +73,20 @@ def test_it_goes_on_from_a_checkpoint(store: ActivationStore, workers: int, take
     assert same(list(fresh), by_hand(store, 3)[taken:])
     with pytest.raises(StoreError, match="the order would be another"):
         Batches(data(store, seed=1)).load_state_dict(state)
+
+
+def test_workers_end_with_the_batches(store: ActivationStore) -> None:
+    """At once, and not when cycles of references are looked for, which took 5 seconds a worker."""
+    batches = Batches(data(store), workers=2)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    gc.disable()
+    try:
+        del batches
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_ranks_have_rows_of_their_own(store: ActivationStore) -> None:

@@ -31,20 +31,10 @@ class _Endless(Iterator[T], Generic[T]):
             )
         self._data, self._dtype, self._epochs = data, torch_dtype(dtype_name(dtype)), epochs
         self._loader = DataLoader(data, batch_size=None, num_workers=workers)
-        self._epoch, self._taken = data.epoch, data.state_dict()["batches"]
-        self._stream: Iterator[T] | None = None
+        self.load_state_dict(data.state_dict())
 
     def __next__(self) -> T:
-        self._stream = self._stream or self._run()
-        return next(self._stream)
-
-    def _run(self) -> Iterator[T]:
-        while self._epochs is None or self._epoch < self._epochs:
-            self._data.load_state_dict(self.state_dict())
-            for batch in self._loader:
-                self._taken += 1
-                yield self._of(batch)
-            self._epoch, self._taken = self._epoch + 1, 0
+        return self._of(next(self._stream))
 
     @abstractmethod
     def _of(self, batch: dict[str, Tensor]) -> T: ...
@@ -55,12 +45,23 @@ class _Endless(Iterator[T], Generic[T]):
 
     def state_dict(self) -> dict[str, int]:
         """Where it is: a few numbers, for a checkpoint of the trainer. The buffer is read again."""
-        return {**self._data.state_dict(), "epoch": self._epoch, "batches": self._taken}
+        return dict(self._state)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next batch is the one after those."""
         self._data.load_state_dict(state)
-        self._epoch, self._taken, self._stream = state["epoch"], state["batches"], None
+        self._state = dict(state)
+        self._stream = _rounds(self._data, self._loader, self._state, self._epochs)
+
+
+def _rounds(data: RowDataset, loader: Any, state: dict[str, int], epochs: int | None) -> Iterator[dict[str, Tensor]]:
+    """Knows nothing of who holds it: a loader in a cycle of references takes seconds to end its workers."""
+    while epochs is None or state["epoch"] < epochs:
+        data.load_state_dict(state)
+        for batch in loader:
+            state["batches"] += 1
+            yield batch
+        state.update(epoch=state["epoch"] + 1, batches=0)
 
 
 class Batches(_Endless[Tensor]):
