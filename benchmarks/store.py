@@ -1,10 +1,11 @@
 """How fast activations go to disk and come back, beside what else there is: all ways in every round, the best of each.
 
     python benchmarks/store.py --folder /tmp
+    python benchmarks/store.py --folder /tmp --sites 30 --pieces 120
 
-256 MiB of bf16 in steps of 8 MiB, 2,048 columns, made to last by fsync where the way lets one, then read in 64
-batches of random rows from the page cache. ``plain`` appends to one file, without checksums; ``safetensors`` has all
-of it in memory first.
+bf16 in pieces of 8 MiB, 2,048 columns, made to last by fsync where the way lets one; with one site they are then read
+in 64 batches of random rows from the page cache. ``plain`` appends to one file, without checksums; ``safetensors`` has
+all of it in memory first. CPU is that of all threads of this process, the system's part of it too.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import torch
 
 from flex_model.store import ActivationStore, StoredSite, StoreWriter
 
-WIDTH, STEP_ROWS, STEPS = 2048, 2048, 32
-MIB = WIDTH * STEP_ROWS * STEPS * 2 / 2**20
-BATCHES = np.random.default_rng(0).integers(0, STEP_ROWS * STEPS, (64, 256))
+WIDTH, STEP_ROWS = 2048, 2048
+
+
+Way = Callable[[Path, list[torch.Tensor]], Callable[[Any], Any]]
 
 
 def plain(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
@@ -37,15 +39,20 @@ def plain(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
             file.write(step.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    return lambda rows: np.memmap(path, np.uint16, "r", shape=(STEP_ROWS * STEPS, WIDTH))[rows]
+    return lambda rows: np.memmap(path, np.uint16, "r", shape=(STEP_ROWS * len(steps), WIDTH))[rows]
 
 
-def store(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
-    with StoreWriter.create(path, sites={"x": StoredSite((WIDTH,), "bfloat16")}) as writer:
-        for number, step in enumerate(steps):
-            writer.append(number, {"x": step})
-        writer.commit(STEPS - 1)
-    return ActivationStore(path)["x"].__getitem__
+def store(sites: int, owned: bool) -> Way:
+    def write(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
+        names = [f"x{number}" for number in range(sites)]
+        with StoreWriter.create(path, sites=dict.fromkeys(names, StoredSite((WIDTH,), "bfloat16"))) as writer:
+            for step in range(len(steps) // sites):
+                mine = steps[step * sites : (step + 1) * sites]
+                writer.append(step, dict(zip(names, mine, strict=True)), owned=owned)
+            writer.commit(step)
+        return ActivationStore(path)["x0"].__getitem__
+
+    return write
 
 
 def tensorstore(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
@@ -56,7 +63,7 @@ def tensorstore(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
     inner = {"chunk_shape": [64, WIDTH], "codecs": [little, crc], "index_codecs": [little, crc]}
     grid = {"name": "regular", "configuration": {"chunk_shape": [STEP_ROWS, WIDTH]}}
     metadata = {
-        "shape": [STEP_ROWS * STEPS, WIDTH],
+        "shape": [STEP_ROWS * len(steps), WIDTH],
         "data_type": "bfloat16",
         "chunk_grid": grid,
         "codecs": [{"name": "sharding_indexed", "configuration": inner}],
@@ -76,7 +83,7 @@ def zarr_python(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
     """bf16 as uint16, which zarr-python has; it does not fsync."""
     import zarr
 
-    shape = (STEP_ROWS * STEPS, WIDTH)
+    shape = (STEP_ROWS * len(steps), WIDTH)
     given = {"shards": (STEP_ROWS, WIDTH), "chunks": (64, WIDTH), "compressors": None, "dtype": "uint16"}
     array = zarr.create_array(str(path), shape=shape, **given)
     for n, step in enumerate(steps):
@@ -93,37 +100,52 @@ def safetensors_file(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], A
     return lambda rows: np.concatenate([opened[int(row) : int(row) + 1] for row in rows])
 
 
-WAYS = {"plain": plain, "store": store, "tensorstore": tensorstore, "zarr-python": zarr_python}
 NEEDS = {"tensorstore": "tensorstore", "zarr-python": "zarr"}
+
+
+def measure(way: Way, folder: str, steps: list[torch.Tensor], batches: Any) -> tuple[float, float, float]:
+    """Seconds to write, of them on the CPU, and to read the batches."""
+    inside = Path(tempfile.mkdtemp(dir=folder))
+    start, cpu = time.perf_counter(), time.process_time()
+    read = way(inside / "acts", steps)
+    middle, cpu = time.perf_counter(), time.process_time() - cpu
+    for batch in batches:
+        found = read(batch)
+        assert found.shape == (256, WIDTH)
+    end = time.perf_counter()
+    if len(batches):
+        right = torch.cat([steps[row // STEP_ROWS][row % STEP_ROWS][None] for row in batches[-1]])
+        assert (np.asarray(found).view(np.uint16) == right.view(torch.uint16).numpy()).all()
+    shutil.rmtree(inside)
+    return middle - start, cpu, end - middle
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sites", type=int, default=1)
+    parser.add_argument("--pieces", type=int, default=32, help="a multiple of the sites")
     args = parser.parse_args()
-    steps = [torch.randn(STEP_ROWS, WIDTH).bfloat16() for _ in range(STEPS)]
-    right = torch.cat(steps).view(torch.uint16).numpy()[BATCHES[0]]
-    ways = {n: w for n, w in {**WAYS, "safetensors": safetensors_file}.items() if find_spec(NEEDS.get(n, "os"))}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    steps = [torch.randn(STEP_ROWS, WIDTH).bfloat16() for _ in range(args.pieces)]
+    batches = np.random.default_rng(0).integers(0, STEP_ROWS * args.pieces, (64 if args.sites == 1 else 0, 256))
+    ours = {"store": store(args.sites, False), "store, owned": store(args.sites, True)}
+    other = {"tensorstore": tensorstore, "zarr-python": zarr_python, "safetensors": safetensors_file}
+    ways = {"plain": plain, **ours, **other}
+    ways = {name: way for name, way in ways.items() if find_spec(NEEDS.get(name, "os"))}
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     for _ in range(args.rounds):
         for name, way in ways.items():
-            folder = Path(tempfile.mkdtemp(dir=args.folder))
-            start = time.perf_counter()
-            read = way(folder / "acts", steps)
-            middle = time.perf_counter()
-            for batch in BATCHES:
-                found = read(batch)
-            times[name].append((middle - start, time.perf_counter() - middle))
-            assert (np.asarray(read(BATCHES[0])).view(np.uint16) == right).all() and found.shape == (256, WIDTH)
-            shutil.rmtree(folder)
+            times[name].append(measure(way, args.folder, steps, batches))
+    mib = args.pieces * STEP_ROWS * WIDTH * 2 / 2**20
     print(
-        f"best of {args.rounds}; load average {os.getloadavg()[0]:.1f}\n"
-        "| way | write, MiB/s | random rows, MiB/s |\n|---|---|---|"
+        f"{args.sites} sites, {mib:,.0f} MiB, best of {args.rounds}; load average {os.getloadavg()[0]:.1f}\n"
+        "| way | write, MiB/s | CPU seconds a GB | random rows, MiB/s |\n|---|---|---|---|"
     )
-    for name, pairs in times.items():
-        write, rows = (min(column) for column in zip(*pairs, strict=True))
-        print(f"| {name} | {MIB / write:,.0f} | {BATCHES.size * WIDTH * 2 / 2**20 / rows:,.0f} |")
+    for name, each in times.items():
+        write, cpu, rows = (min(column) for column in zip(*each, strict=True))
+        read = f"{batches.size * WIDTH * 2 / 2**20 / rows:,.0f}" if batches.size else ""
+        print(f"| {name} | {mib / write:,.0f} | {cpu / mib * 1e9 / 2**20:.2f} | {read} |")
 
 
 if __name__ == "__main__":

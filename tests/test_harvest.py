@@ -1,4 +1,4 @@
-"""``fm.harvest``: the rows of a store equal plain hooks on one process, in order, whoever wrote them; and nothing moves."""
+"""``fm.harvest``: a store's rows equal plain hooks on one process, in order, whoever wrote them; and nothing moves."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import engines
 import models
 import pytest
 import torch
-import torch.distributed as dist
 from pipelines import Traffic
 from test_families import RANKS, place, run, saved
 from torch import Tensor, nn
 from worlds import run_world
 
 from flex_model import FlexModel
-from flex_model.errors import FlexModelError, HarvestError
 from flex_model.store import ActivationStore
 
 NOT_ROWS = {"", "layers", "layers.0", "layers.1"}

@@ -26,7 +26,6 @@ from torch.distributed.tensor.parallel import (
 from worlds import run_world
 
 from flex_model import FlexModel, ZigZag
-from flex_model.errors import FlexModelError
 
 
 def everything(batch: Any) -> Tensor:
@@ -129,7 +128,8 @@ def test_context_parallel(names: tuple[str, ...], order: Any, tmp_path: Path) ->
     assert rows == [8 * context.LENGTH] * 2 ** len(names)
     got: dict[str, list[Tensor]] = {name: [] for name in SITES}
     for name in SITES:
-        plain.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: got[name].append(out.flatten(0, 1)))
+        keep = got[name].append
+        plain.get_submodule(name).register_forward_hook(lambda m, a, out, keep=keep: keep(out.flatten(0, 1)))
     with torch.no_grad():
         for ids in context_data():
             plain(ids, torch.arange(context.LENGTH).expand_as(ids))
@@ -205,4 +205,5 @@ def test_samples(tmp_path: Path) -> None:
     run_world(2, _samples, "ddp", tmp_path / "two")
     one, two = ActivationStore(tmp_path / "one"), ActivationStore(tmp_path / "two")
     assert torch.equal(one["1"].torch(), two["1"].torch()) and one["1"].shape == (15, 8)
-    assert one.columns["label"][:].tolist() == two.columns["label"][:].tolist() == [*range(5), *range(10, 15), *range(20, 25)]
+    labels = [*range(5), *range(10, 15), *range(20, 25)]
+    assert one.columns["label"][:].tolist() == two.columns["label"][:].tolist() == labels

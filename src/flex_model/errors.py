@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "ComponentError",
+    "DataError",
     "DeliveryError",
     "EditError",
     "EditWarning",
@@ -154,6 +155,12 @@ class RowError(StoreError, IndexError):
     """A row, or a name, that a store does not have."""
 
     page = "row-unknown"
+
+
+class DataError(FlexModelError, ValueError):
+    """Texts or tokens that are to be batches cannot be read, or not as asked."""
+
+    page = "data-unreadable"
 
 
 class MissedHookWarning(UserWarning):

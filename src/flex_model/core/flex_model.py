@@ -23,6 +23,7 @@ from flex_model.core.block import hooks_on
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.captured import Captured
 from flex_model.core.groups import ALL
+from flex_model.core.harvesting import Harvesting
 from flex_model.core.hook_function import HOOK_TYPES, HookFunction, HookType
 from flex_model.core.installed import Installed
 from flex_model.core.naming.globs import Pattern
@@ -38,14 +39,13 @@ from flex_model.routing.delivery import Deliver
 
 if TYPE_CHECKING:
     from flex_model.check.report import Report
-    from flex_model.harvest import Harvested
 
 __all__ = ["FlexModel"]
 
 Which = HookFunction | str | Iterable[HookFunction]
 
 
-class FlexModel(nn.Module):
+class FlexModel(Harvesting, nn.Module):
     """Wraps any ``nn.Module`` and gives hooks the full, unsharded tensors, whatever the parallelism underneath.
 
     >>> fm = FlexModel(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
@@ -384,81 +384,6 @@ class FlexModel(nn.Module):
             yield [b.hook for b in bounds]
         for error in wrong.values():
             raise error
-
-    def harvest(
-        self,
-        batches: Iterable[Any],
-        patterns: Pattern | Place | Sequence[Pattern | Place],
-        path: str | Path,
-        *,
-        hook_type: HookType = "forward",
-        unpack_idx: int | str = 0,
-        select: Any = None,
-        rows: Literal["tokens", "samples"] | None = None,
-        positions: Any = None,
-        exclude_tokens: Sequence[int] = (),
-        columns: Sequence[str] = (),
-        dtype: torch.dtype | str | None = None,
-        own_batches: bool = False,
-        forward: Callable[..., Any] | None = None,
-        stop: bool = True,
-        resume: bool = True,
-        commit_every: int | None = None,
-        about: Mapping[str, Any] | None = None,
-        progress: bool | None = None,
-        queue_bytes: int = 1 << 30,
-        segment_bytes: int = 1 << 28,
-    ) -> Harvested:
-        """Run ``batches`` through the model, and write what the patterns match to the store ``path``; all ranks.
-
-        >>> texts = TokenBatches("pile.jsonl", tokenizer, context_size=512, batch_size=16)      # doctest: +SKIP
-        >>> fm.harvest(texts, fm.at("resid_post"), "acts", dtype="bfloat16")                    # doctest: +SKIP
-        >>> ActivationStore("acts")["@resid_post.5"][:4]                                        # doctest: +SKIP
-
-        Every number is written by one rank that has it, and nothing is gathered: rows ``(row, ...)`` are in the order
-        of the data, whatever the ranks. A row is a token where the model is given ids (B, S), else a sample
-        (``rows``). Padding (``attention_mask``) has no rows.
-
-        ``batches``: ``texts.TokenBatches``, or any iterable of the model's keywords or of its one input. All ranks
-        give the same, and data-parallel ranks run their part of the samples of each; with ``own_batches=True`` each
-        gives its own. ``path``: a folder, or ``s3://`` or ``gs://``. ``select``: part of a value, of dims that are not
-        sharded. ``positions``: an index of the sequence. ``exclude_tokens``: ids without rows. ``columns``: entries of
-        batches that are not the model's, a number a row, stored beside ``token_ids``. ``dtype``: rows are cast before
-        they are copied. ``forward``: calls the model on a batch, such as a schedule's ``eval``. ``stop``: forwards end
-        behind the last site. ``resume``: go on after the last commit of a store that the same data and options began.
-        ``commit_every``: steps; about 30 seconds or 1 GiB a rank if not given.
-
-        The model runs in eval mode without gradients. Memory is that of one batch's sites and ``queue_bytes`` a rank.
-        Raises HarvestError and StoreError on all ranks; what is committed stays readable.
-        """
-        from flex_model.harvest.batch import Wanted
-        from flex_model.harvest.harvest import harvest
-        from flex_model.harvest.run import Asked
-        from flex_model.store.dtypes import torch_dtype
-
-        job = Asked(
-            patterns=[patterns] if isinstance(patterns, (str, Place)) or callable(patterns) else list(patterns),
-            wanted=Wanted(tuple(columns), tuple(exclude_tokens), positions, rows),
-            hook_type=hook_type,
-            unpack_idx=unpack_idx,
-            select=select,
-            dtype=None if dtype is None else torch_dtype(dtype),
-            own_batches=own_batches,
-            stop=stop,
-            commit_every=commit_every,
-            about=dict(about or {}),
-        )
-        return harvest(
-            self,
-            batches,
-            path,
-            job=job,
-            forward=forward,
-            resume=resume,
-            progress=progress,
-            queue_bytes=queue_bytes,
-            segment_bytes=segment_bytes,
-        )
 
     def flush(self) -> None:
         """Deliver what is still on its way. All ranks call it."""

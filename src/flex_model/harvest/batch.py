@@ -71,6 +71,14 @@ class Batch:
         )
         return mine.without_rows() if idle else mine
 
+    def as_run(self, ranks: int) -> Batch:
+        """The whole batch as several ranks run it: those without samples run one that has no rows."""
+        if ranks == 1 or len(self.keep) >= ranks:
+            return self
+        parts = [self.dealt(place, ranks) for place in range(ranks)]
+        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in self.columns}
+        return replace(self, keep=torch.cat([part.keep for part in parts]), columns=columns)
+
     def without_rows(self) -> Batch:
         """It runs for other ranks only."""
         return replace(self, keep=torch.zeros_like(self.keep))
@@ -84,10 +92,10 @@ class Batch:
         return tuple(map(there, self.args)), {name: there(value) for name, value in self.kwargs.items()}
 
 
-def as_batch(given: Any, wanted: Wanted, *, takes: Sequence[str] | None) -> Batch:
+def as_batch(given: Any, wanted: Wanted, *, takes: Sequence[str] | None, context: int | None) -> Batch:
     """From whatever a loader gives: a ``texts.TokenBatch``, the model's keywords, or its one input.
 
-    ``takes``: the names of the model's arguments, None where it takes any.
+    ``takes``: the names of the model's arguments, None where it takes any. ``context``: the number of the first one.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -121,6 +129,9 @@ def as_batch(given: Any, wanted: Wanted, *, takes: Sequence[str] | None) -> Batc
     if tokens:
         keep = _kept(lead.cpu(), kwargs, given, wanted)
         own.setdefault("token_ids", lead)
+        own.setdefault("positions", torch.arange(lead.shape[1]).expand(lead.shape))
+        if context is not None:
+            own.setdefault("contexts", torch.arange(context, context + len(lead)))
     columns = {name: _column(name, value, keep) for name, value in own.items() if value is not None}
     return Batch(args, kwargs, keep, columns)
 

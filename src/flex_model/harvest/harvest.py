@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flex_model.errors import FlexModelError, HarvestError
+from flex_model.harvest.loader import Loader, about_run, check_same
 from flex_model.harvest.meter import Meter
 from flex_model.harvest.run import Asked, Run
 from flex_model.harvest.writing import Writing
@@ -63,16 +62,17 @@ def harvest(
     """See ``FlexModel.harvest``."""
     run = Run(fm, job, forward)
     writing = Writing(path, run.together, queue_bytes=queue_bytes, segment_bytes=segment_bytes)
-    about = _about(fm, batches, job)
-    first, there = writing.look(resume=resume)
-    run.together.each(lambda: _check_same(str(path), there, about), "the look at the store")
-    steps = _length(batches)
-    meter = Meter(steps, first=run.together.is_main, progress=progress)
+    about = about_run(fm, batches, job)
+    begun = writing.look(resume=resume)
+    run.together.each(lambda: check_same(str(path), begun, about), "the look at the store")
+    first = begun.next_step if begun is not None else 0
+    loader = Loader(batches, own=job.own_batches)
+    meter = Meter(loader.total, first=run.together.is_main, progress=progress)
     try:
         with meter, run.hooked():
             meter.skip(first)
-            loop = _Loop(run, writing, meter, about, new=there is None)
-            loop.go(_from(batches, first), first)
+            loop = _Loop(run, writing, meter, about, new=begun is None)
+            loop.go(loader, first, begun.place if begun is not None else None)
     except BaseException:
         writing.drop()
         raise
@@ -90,14 +90,14 @@ class _Loop:
         self._since = 0  # steps since the last commit
         self._error: FlexModelError | None = None
 
-    def go(self, batches: Iterator[Any], first: int) -> None:
+    def go(self, loader: Loader, first: int, place: Any) -> None:
         number = first - 1
-        for number, (given, idle) in enumerate(self._together(batches), first):
-            self.step(number, given, idle=idle)
+        for number, (given, idle) in enumerate(self._together(loader.batches(first, place)), first):
+            self.step(number, given, loader, idle=idle)
         if self.meter.steps:
             self.meet()
             if self._since:
-                self.writing.commit(number)
+                self.writing.commit(number, loader.place())
             self.writing.finish()
         self.rows = sum(self.run.together.tell(self.rows, "the end of the harvest"))
 
@@ -121,9 +121,10 @@ class _Loop:
             last = given if given is not None else last
             yield last, given is None
 
-    def step(self, number: int, given: Any, *, idle: bool) -> None:
+    def step(self, number: int, given: Any, loader: Loader, *, idle: bool) -> None:
         started = time.perf_counter()
-        whole, mine = self.run.batch(given)
+        whole, mine = self.run.batch(given, loader.contexts)
+        loader.took(len(whole.keep))
         mine = mine.without_rows() if idle else mine
         self.run.step(number, mine)
         if not self.meter.steps:
@@ -138,21 +139,21 @@ class _Loop:
         self._since += 1
         self.rows += sum(count for _, count in parts)
         self.meter.step(int(whole.keep.sum()))
-        self._pause(number, time.perf_counter() - started)
+        self._pause(number, loader, time.perf_counter() - started)
 
     def _open(self) -> None:
         run = self.run
         self.writing.open(run.sites, run.columns, self.about, new=self.new)
         self.meter.row_bytes = sum(site.row_bytes for site in run.sites.values())
 
-    def _pause(self, number: int, seconds: float) -> None:
+    def _pause(self, number: int, loader: Loader, seconds: float) -> None:
         """Commit, or at least hear of one another, now and then."""
         done = self.meter.steps
         if done == 2 and self._every is None:
             self._every = self._steps_a_commit(seconds)
         if self._every is not None and self._since >= self._every:
             self.meet()
-            self.writing.commit(number)
+            self.writing.commit(number, loader.place())
             self._since = 0
         elif self.run.together.ranks == 1 or done % _MEETING == 0 or done & (done - 1) == 0:
             self.meet()
@@ -166,6 +167,7 @@ class _Loop:
 
     def meet(self) -> None:
         """All that failed on any rank is raised on all."""
+        self.writing.settle(wait=False)
         if self.run.together.ranks > 1:
             self.run.runtime.outbox.flush()
         self.run.together.each(self._raise, "a meeting of the harvest")
@@ -174,54 +176,3 @@ class _Loop:
         for error in (self._error, self.run.taking.error, *self.run.taking.refused.values()):
             if error is not None:
                 raise error
-
-
-def _length(batches: Any) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:
-        return None
-
-
-def _from(batches: Any, first: int) -> Iterator[Any]:
-    """Batches from a number on: loaders that can start there do, and others are asked for those before."""
-    start_at = getattr(batches, "start_at", None)
-    if callable(start_at):
-        return iter(start_at(first))
-    return islice(batches, first, None)
-
-
-def _about(fm: FlexModel, batches: Any, job: Asked) -> dict[str, Any]:
-    """What the store says of how it was made. What is under ``data`` must not change when it is gone on with."""
-    config = getattr(fm.module, "config", None)
-    wanted = job.wanted
-    data = {
-        "batches": getattr(batches, "fingerprint", None),
-        "positions": repr(wanted.positions),
-        "exclude_tokens": list(wanted.exclude),
-        "rows": wanted.rows,
-        "own_batches": job.own_batches,
-    }
-    return {
-        "model": getattr(config, "name_or_path", "") or type(fm.module).__name__,
-        "revision": getattr(config, "_commit_hash", None),
-        "hook_type": job.hook_type,
-        **getattr(batches, "about", {}),
-        **job.about,
-        "data": data,
-    }
-
-
-def _check_same(path: str, there: dict[str, Any] | None, here: dict[str, Any]) -> None:
-    if there is None:
-        return
-    before, now = there.get("data", {}), json.loads(json.dumps(here["data"], default=str))
-    wrong = [name for name in now if before.get(name) != now[name]]
-    if there.get("model") != here["model"]:
-        wrong, before, now = ["model"], there, here
-    if wrong:
-        raise HarvestError(
-            f"{path} was begun with {wrong[0]}={before.get(wrong[0])!r}, and this run has {now[wrong[0]]!r}; choose "
-            f"another path, or the same data and options.",
-            page="harvest-resume",
-        )

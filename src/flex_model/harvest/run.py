@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,14 +25,15 @@ from flex_model.harvest.share import Met, Share
 from flex_model.harvest.sink import Taking
 from flex_model.harvest.together import Together
 from flex_model.layout.mesh import Axis, ModelMesh
+from flex_model.routing.delivery import Deliver
 from flex_model.routing.selection import Selection
 from flex_model.store import StoredSite
-from flex_model.store.dtypes import dtype_name
+from flex_model.store.dtypes import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     from flex_model.core.flex_model import FlexModel
 
-__all__ = ["Asked", "Run"]
+__all__ = ["Asked", "Run", "asked_for"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,33 @@ class Asked:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+def asked_for(
+    patterns: Pattern | Place | Sequence[Pattern | Place],
+    *,
+    rows: str | None,
+    positions: Any,
+    exclude_tokens: Sequence[int],
+    columns: Sequence[str],
+    dtype: torch.dtype | str | None,
+    **options: Any,
+) -> Asked:
+    """The arguments of ``harvest`` and ``stream``."""
+    one = isinstance(patterns, (str, Place)) or callable(patterns)
+    return Asked(
+        [patterns] if one else list(patterns),  # type: ignore[list-item,arg-type]
+        Wanted(tuple(columns), tuple(exclude_tokens), positions, rows),
+        dtype=None if dtype is None else torch_dtype(dtype),
+        **options,
+    )
+
+
 class Run:
     """One harvest on one rank. ``sites`` are known once the first step is over."""
 
-    def __init__(self, fm: FlexModel, job: Asked, forward: Callable[..., Any] | None) -> None:
+    def __init__(self, fm: FlexModel, job: Asked, forward: Callable[..., Any] | None, *, whole: bool = False) -> None:
         runtime = fm._runtime
         runtime.look()
-        self.fm, self.job, self.runtime = fm, job, runtime
+        self.fm, self.job, self.runtime, self.whole = fm, job, runtime, whole
         self.together = Together(runtime)
         self.sites: dict[str, StoredSite] = {}
         data = [(a.size, place) for a, place in _places(runtime.whole) if a.kind == "data" and not a.sequence]
@@ -82,14 +104,14 @@ class Run:
         found = asked(
             self.runtime.names, job.patterns, hook_type=job.hook_type, unpack_idx=job.unpack_idx, select=job.select
         )
-        bounds = []
+        bounds: list[Bound] = []
+        deliver: Deliver = "all" if self.whole else "shards"
+        sink: Any = self.taking
         for one in found:
             if one.select is not None:
                 self.selections[one.key] = Selection.of(one.select)
             hook = HookFunction(one.name, unpack_idx=one.unpack_idx)
-            bounds.append(
-                bind(self.runtime, hook, one.hook_type, one.key, self.taking, "shards", temporary=True)  # type: ignore[arg-type]
-            )
+            bounds.append(bind(self.runtime, hook, one.hook_type, one.key, sink, deliver, temporary=True))
         return bounds, [a.spot for a in found if a.spot is not None]
 
     # -- the model ---------------------------------------------------------------------------------------------
@@ -106,19 +128,22 @@ class Run:
                 for module in training:
                     module.training = True
 
-    def batch(self, given: Any) -> tuple[Batch, Batch]:
-        """The whole batch of a step, and this rank's part of it."""
-        whole = as_batch(given, self.job.wanted, takes=self._takes)
+    def batch(self, given: Any, context: int | None) -> tuple[Batch, Batch]:
+        """The whole batch of a step, whose first context has this number, and this rank's part of it."""
+        whole = as_batch(given, self.job.wanted, takes=self._takes, context=context)
         return whole, whole if self.job.own_batches else whole.dealt(self.place, self.dealers)
 
-    def step(self, number: int, batch: Batch) -> None:
-        """A forward. In the first one it is found out what each rank has to write."""
+    def step(self, number: int, batch: Batch, *, of: Batch | None = None) -> None:
+        """A forward of this rank's part; ``of``: the batch whose rows are taken, where values come whole. In the first
+        one it is found out what each rank has to take."""
         args, kwargs = batch.to(self.runtime.device_of_values)
-        self.taking.begin(number, batch)
+        taken = batch if of is None else of
+        self.taking.begin(number, taken)
         self._forward(*args, **kwargs)
-        if self.taking.shares is None:
+        if self.taking.shares is None or (self.whole and not self.runtime.lockstep):
             self.runtime.outbox.flush()
-            self._learn(batch)
+        if self.taking.shares is None:
+            self._learn(taken)
             self.taking.again()
 
     def _call(self, *args: Any, **kwargs: Any) -> None:
@@ -137,11 +162,12 @@ class Run:
         everyone = self.together.tell(mine, "what each rank has met")
         by_rank = dict(zip(self.runtime.whole.ranks, everyone, strict=True)) if self.runtime.whole.axes else {0: mine}
         names = [str(b.key) for b in self.bounds]
+        mesh = ModelMesh(timeout=timedelta()) if self.whole else self.runtime.mesh
         if missing := [name for name in names if not any(name in theirs for theirs in everyone)]:
             why = self.taking.nothing.get(missing[0], "no forward of the first step ran it")
             raise HarvestError(f"{missing[0]!r} has no rows: {why}.", page="harvest-rows")
-        here = [by_rank[rank] for rank in self.runtime.mesh.ranks] if self.runtime.mesh.axes else [mine]
-        shares = self.together.each(lambda: self._shares(names, here, batch), "what each rank writes")
+        here = [by_rank[rank] for rank in mesh.ranks] if mesh.axes else [mine]
+        shares = self.together.each(lambda: self._shares(names, here, batch, mesh), "what each rank writes")
         told = self.together.tell(
             {n: (share.row_shape, share.way, str(mine[n].layout.placements)) for n, share in shares.items()},
             "the shapes of rows",
@@ -152,9 +178,11 @@ class Run:
         self.columns = {name: dtype_name(column.dtype) for name, column in batch.columns.items()}
         self.taking.know(shares, {way for theirs in told for _, way, _ in theirs.values()})
 
-    def _shares(self, names: Sequence[str], met: Sequence[dict[str, Met]], batch: Batch) -> dict[str, Share]:
+    def _shares(
+        self, names: Sequence[str], met: Sequence[dict[str, Met]], batch: Batch, mesh: ModelMesh
+    ) -> dict[str, Share]:
         """Of the sites on this rank's stage."""
-        here = [(number, name) for number, name in enumerate(names) if name in met[self.runtime.mesh.me]]
+        here = [(number, name) for number, name in enumerate(names) if name in met[mesh.me]]
         modules = {str(b.key): b.module for b in self.bounds}
         activation = (torch.empty(1, 1, 1, device="meta"),)
         return {
@@ -162,7 +190,7 @@ class Run:
                 name,
                 [theirs[name] for theirs in met],
                 batch.grid,
-                self.runtime.mesh,
+                mesh,
                 number=number,
                 sites=len(here),
                 selection=self.selections.get(name),

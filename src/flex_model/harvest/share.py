@@ -165,11 +165,13 @@ class Share:
         """Which columns of the whole row a selection takes, found by selecting from their numbers. A function of values
         can be made where rows are whole on every rank."""
         tokens = (2, 3)[: len(self.dims)]
+        given = numbers.expand(*tokens, *numbers.shape).movedim(tuple(range(len(tokens))), self.dims)
         try:
-            out = selection.take(numbers.expand(*tokens, *numbers.shape).movedim(tuple(range(len(tokens))), self.dims))
+            out, renamed = selection.take(given), selection.take(7 * given + 3)
+            chooses = out.dtype is torch.long and torch.equal(renamed, 7 * out + 3)  # and does not count with them
         except (RuntimeError, TypeError, IndexError, ValueError):
-            out = torch.empty(0)
-        if out.dtype is torch.long and out.dim() >= len(tokens):
+            chooses = False
+        if chooses and out.dim() >= len(tokens):
             front = out.movedim(self.dims, tuple(range(len(tokens))))
             first = front[(0,) * len(tokens)]
             if tuple(front.shape[: len(tokens)]) == tokens and bool((front == first).all()):
@@ -241,8 +243,8 @@ class Share:
         flat = front.reshape(prod(front.shape[: len(self.dims)]), -1)
         if flat.shape[1] != self._width:
             raise HarvestError(
-                f"{self.where}: its rows have {flat.shape[1]} numbers on rank {self.mesh.rank}, and had {self._width} in "
-                f"the first step; harvest sites whose rows are of one size.",
+                f"{self.where}: its rows have {flat.shape[1]} numbers on rank {self.mesh.rank}, and had {self._width} "
+                f"in the first step; harvest sites whose rows are of one size.",
                 page="harvest-rows",
             )
         if index is not None:

@@ -17,6 +17,7 @@ from flex_model.routing.copies import Copies
 
 __all__ = ["Step", "Taking"]
 
+_WHOLE = Layout((), "one process")
 _PARTS = 2**32  # of one data-parallel rank with batches of its own
 _NARROW = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
@@ -76,6 +77,15 @@ class Taking:
             self.first[name] = (local.detach().clone(), layout)
         else:
             self._take(name, local, step)
+
+    def put(self, key: Any, value: Any) -> None:
+        """A whole value, where these are delivered."""
+        if isinstance(value, Tensor):
+            self.meet(key, value, _WHOLE)
+        else:
+            self.error = self.error or HarvestError(
+                f"{key!r} has no whole value, but parts of ranks; harvest what the layer puts out.", page="harvest-rows"
+            )
 
     def empty(self, key: Any, reason: str) -> None:
         self.nothing[str(key)] = reason

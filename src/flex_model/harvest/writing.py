@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,18 @@ from flex_model.harvest.together import Together
 from flex_model.store import ActivationStore, StoredSite, StoreWriter
 from flex_model.store.place import open_place, telling
 
-__all__ = ["Writing"]
+__all__ = ["Begun", "Writing"]
+
+_LOADER = "loader.json"  # where the loader was at the last two commits
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A store that another run has begun."""
+
+    next_step: int
+    about: dict[str, Any]
+    place: Any  # of its loader; None where that was not kept
 
 
 class Writing:
@@ -28,6 +41,7 @@ class Writing:
         self.rows = self.bytes = 0
         self._writer: StoreWriter | None = None
         self._pending: int | None = None
+        self._places: dict[str, Any] = {}  # {step of a commit: where the loader was}, of the last two
         self._kept: Step | None = None  # its values may still be on their way from a device
         self._beside: tuple[Mapping[str, Tensor], list[tuple[int, int]]] = ({}, [])
 
@@ -38,22 +52,24 @@ class Writing:
         store = ActivationStore(self.path)
         return {n: StoredSite(store[n].shape[1:], store[n].dtype, store[n].layout) for n in store.sites}
 
-    def look(self, *, resume: bool) -> tuple[int, dict[str, Any] | None]:
-        """The next step of the store that is there, and what it says about itself; 0 and None where there is none."""
+    def look(self, *, resume: bool) -> Begun | None:
+        """The store that is there, if any."""
 
-        def read() -> tuple[int, dict[str, Any] | None]:
+        def read() -> Begun | None:
             place = open_place(self.path)
             with telling(f"{place} cannot be read"):
                 there = place.read("manifest.json") is not None
+                loader = place.read(_LOADER)
             if not there:
-                return 0, None
+                return None
             if not resume:
                 raise HarvestError(
                     f"{place} is a store already, and resume=False was given; choose another path, or remove it.",
                     page="harvest-resume",
                 )
             store = ActivationStore(self.path)
-            return store.last_step + 1, store.about
+            places = json.loads(loader) if loader is not None else {}
+            return Begun(store.last_step + 1, store.about, places.get(str(store.last_step)))
 
         return self.together.on_main(read, "the look at the store")
 
@@ -119,30 +135,42 @@ class Writing:
                         page="harvest-dtype",
                     )
                 piece = {name: (rows, slice(start, start + rows.shape[1]))}
-                self._writer.append(step.number, piece, part=step.parts[name])
+                self._writer.append(step.number, piece, part=step.parts[name], owned=True)
                 self.bytes += rows.nbytes
         self.rows += sum(count for _, count in parts)
 
-    def commit(self, step: int) -> None:
-        """Begin to commit all up to ``step``, and make the commit before it count. All ranks."""
+    def commit(self, step: int, place: Any) -> None:
+        """Begin to commit all up to ``step``, and make the commit before it count; ``place``: where the loader is
+        then. All ranks."""
         self.flush()
-        self._settle()
+        self.settle()
         assert self._writer is not None
         self._writer.commit(step, wait=False)
         self._pending = step
+        self._places = {**dict(list(self._places.items())[-1:]), str(step): place}
 
-    def _settle(self) -> None:
+    def settle(self, *, wait: bool = True) -> None:
+        """Make the last commit count; without waiting, if all ranks are through with it. All ranks."""
         if self._pending is None:
             return
         writer, step = self._writer, self._pending
         assert writer is not None
-        self.together.each(lambda: writer.tabled(step), "a commit")
-        self.together.on_main(lambda: writer.publish(step), "a commit")
+        ready = self.together.each(lambda: writer.tabled(step, wait=wait), "a commit")
+        if not wait and not all(self.together.tell(ready, "a commit")):
+            return
+
+        def publish() -> None:
+            place = open_place(self.path)
+            with telling(f"{place} cannot be written"):
+                place.write(_LOADER, json.dumps(self._places).encode())  # of the commit before, too: it may end here
+            writer.publish(step)
+
+        self.together.on_main(publish, "a commit")
         self._pending = None
 
     def finish(self) -> None:
         """Make the last commit count, and end. All ranks."""
-        self._settle()
+        self.settle()
         if self._writer is not None:
             self._writer.close()
 

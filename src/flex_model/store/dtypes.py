@@ -60,19 +60,19 @@ def as_torch(rows: NDArray[Any], name: str) -> Tensor:
     return torch.from_numpy(rows.view(carrier)).view(getattr(torch, name))
 
 
-def row_bytes(rows: Any) -> NDArray[np.uint8]:
-    """A copy of ``(rows, ...)`` in host memory as bytes ``(rows, columns * itemsize)``."""
-    tensor = rows if isinstance(rows, Tensor) else _from_numpy(rows)
-    flat = tensor.detach().to("cpu", copy=True).reshape(tensor.shape[0], -1).contiguous()
-    if flat.numel() == 0:
-        return torch.empty(flat.shape[0], flat.shape[1] * flat.element_size(), dtype=torch.uint8).numpy()
-    return flat.view(torch.uint8).numpy()
-
-
-def _from_numpy(rows: Any) -> Tensor:
+def row_bytes(rows: Any, *, dtype: str, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """``(rows, ...)`` in host memory as bytes ``(rows, columns * itemsize)``: copied into ``out`` (flat, of as many
+    bytes), or without it the same memory where it is that already."""
     import numpy as np
 
-    array = np.ascontiguousarray(rows)
-    if not array.size:
-        return torch.empty(array.shape, dtype=torch_dtype(array.dtype))
-    return as_torch(array, dtype_name(array.dtype))
+    kind, count = numpy_dtype(dtype), len(rows)
+    if out is not None:
+        there = out.view(kind).reshape(tuple(rows.shape))
+        if isinstance(rows, Tensor):
+            as_torch(there, dtype).copy_(rows.detach())
+        else:
+            np.copyto(there, rows)
+        return out.reshape(count, -1)
+    if isinstance(rows, Tensor):
+        return rows.detach().cpu().contiguous().view(count, -1).view(torch.uint8).numpy()
+    return np.ascontiguousarray(rows).reshape(count, -1).view(np.uint8)

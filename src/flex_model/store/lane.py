@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from flex_model.store.commits import Run
 from flex_model.store.dtypes import as_torch, numpy_dtype
-from flex_model.store.moments import Moments
+from flex_model.store.moments import Sums
 from flex_model.store.place import Place, telling
 from flex_model.store.segment import Segment, SegmentWriter
 
@@ -31,7 +31,7 @@ class Folders:
 
 
 class Lane:
-    """``append`` and ``close`` work in one thread of the queue; the rest is read after it."""
+    """``append`` and ``close`` work one after another in the queue, and so does ``add_up``; the rest is read after."""
 
     def __init__(
         self, place: Place, key: LaneKey, dtype: str, *, folders: Folders, segment_bytes: int, moments: bool
@@ -41,7 +41,7 @@ class Lane:
         self._open: SegmentWriter | None = None
         self.segments: list[Segment] = []
         self.runs: list[Run] = []
-        self.moments = Moments.zeros(key[2] - key[1]) if moments else None
+        self.sums = Sums(key[2] - key[1]) if moments else None
 
     def append(self, step: int, parts: Sequence[tuple[int, int]], data: Any) -> None:
         """Bytes of rows, ``(rows, row bytes)``; ``parts``: which parts of the step they are, and their numbers."""
@@ -57,8 +57,11 @@ class Lane:
             self._open.append(data)
             if self._open.bytes >= self._segment_bytes:
                 self.close()
-        if self.moments is not None:
-            self.moments.merge(Moments.of(as_torch(data.view(numpy_dtype(self._dtype)), self._dtype)))
+
+    def add_up(self, data: Any) -> None:
+        """The same bytes, for the statistics; beside ``append``, if in order."""
+        if self.sums is not None:
+            self.sums.add(as_torch(data.view(numpy_dtype(self._dtype)), self._dtype))
 
     def close(self) -> None:
         """End the open segment."""

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "Sums"]
 
-_BLOCK = 1 << 18  # numbers at a time, so that they stay in the cache
+_BLOCK = 1 << 17  # numbers at a time: in float64 they stay in the cache, and a call costs little beside them
+_LINE = 1 << 11  # numbers that are added at once, or a call of numpy costs more than its work
 
 
 @dataclass(slots=True)
@@ -33,23 +34,6 @@ class Moments:
         import numpy as np
 
         return cls(np.zeros(width), np.zeros(width), np.zeros(width))
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Moments:
-        """Of ``(rows, width)``."""
-        whole = cls.zeros(rows.shape[1])
-        for block in rows.split(max(1, _BLOCK // rows.shape[1])):
-            whole.merge(cls._of_block(block))
-        return whole
-
-    @classmethod
-    def _of_block(cls, rows: Tensor) -> Moments:
-        import numpy as np
-
-        wide = rows.to(torch.float64, copy=True)
-        mean = wide.mean(0)
-        m2 = wide.sub_(mean).square_().sum(0)
-        return cls(np.full(rows.shape[1], float(len(rows))), mean.numpy(), m2.numpy())
 
     def merge(self, other: Moments, columns: tuple[int, int] | None = None) -> None:
         """Take in what another saw of ``columns``."""
@@ -77,3 +61,58 @@ class Moments:
         import numpy as np
 
         return float(np.sqrt((self.m2 / np.maximum(self.count, 1) + self.mean**2).sum()))
+
+
+class Sums:
+    """The moments of rows that come by and by, in one pass in float64 and with no more memory than a block.
+
+    Squares are summed as they are where numbers have 16 bits or fewer: with so few digits a column's spread is no
+    smaller than its mean's last digit, and float64 has room for both. Others are summed as distances from a mean.
+    """
+
+    def __init__(self, width: int) -> None:
+        import numpy as np
+
+        self._width, self._fold = width, max(1, _LINE // width)  # rows that are added as one line
+        self._rows = 0
+        self._shift: NDArray[np.float64] | None = None
+        self._sum, self._squares = np.zeros(width * self._fold), np.zeros(width * self._fold)
+
+    def add(self, rows: Tensor) -> None:
+        """``(rows, width)``, of a dtype of the store."""
+        import numpy as np
+
+        line = self._width * self._fold
+        block = torch.empty(max(1, _BLOCK // line) * self._fold, self._width, dtype=torch.float64)
+        for part in rows.split(len(block)):
+            known = part.float() if part.dtype == torch.float16 else part  # torch is slow to make float64 of it
+            numbers = block[: len(part)].copy_(known).numpy()
+            self._rows += len(part)
+            with np.errstate(invalid="ignore", over="ignore"):  # rows may hold infinities
+                if rows.element_size() > 2:
+                    if self._shift is None:
+                        self._shift = numbers.mean(0)
+                    np.subtract(numbers, self._shift, out=numbers)
+                flat = numbers.reshape(-1)
+                whole = flat[: len(flat) // line * line].reshape(-1, line)
+                for piece in (whole, flat[whole.size :].reshape(1, -1)):  # the last line may be shorter
+                    self._take(piece)
+
+    def _take(self, lines: NDArray[np.float64]) -> None:
+        """And square them in place."""
+        import numpy as np
+
+        at = slice(lines.shape[1])
+        self._sum[at] += np.add.reduce(lines, 0)
+        np.multiply(lines, lines, out=lines)
+        self._squares[at] += np.add.reduce(lines, 0)
+
+    def moments(self) -> Moments:
+        import numpy as np
+
+        count = max(self._rows, 1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            away = self._sum.reshape(self._fold, -1).sum(0) / count
+            m2 = np.maximum(self._squares.reshape(self._fold, -1).sum(0) - count * away**2, 0)
+        mean = away if self._shift is None else away + self._shift
+        return Moments(np.full(self._width, float(self._rows)), mean, m2)

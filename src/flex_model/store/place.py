@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,18 +161,28 @@ class Folder(Place):
         return np.memmap(path, dtype=segment.numpy_dtype, mode="r", shape=shape)
 
 
+_AHEAD = 1 << 23  # bytes
+
+
 class _AppendingFile(Appending):
+    """What is appended is sent to the disk while more comes, so that ``close`` waits for the last of it only."""
+
     def __init__(self, path: Path, root: Path) -> None:
         if not root.is_dir():
             raise StoreError(f"the folder {root} is gone; bring it back, then StoreWriter.resume.")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb", buffering=0)
         self._folder = path.parent
+        self._written = self._sent = 0
 
     def append(self, data: Any) -> None:
         left = memoryview(data).cast("B")
         while len(left):
-            left = left[self._file.write(left) :]
+            count = self._file.write(left)
+            left, self._written = left[count:], self._written + count
+            if self._written - self._sent >= _AHEAD:
+                _send(self._file.fileno(), self._sent, self._written - self._sent)
+                self._sent = self._written
 
     def close(self, *, durable: bool = True) -> None:
         with self._file as file:
@@ -180,6 +193,22 @@ class _AppendingFile(Appending):
 
     def drop(self) -> None:
         self._file.close()
+
+
+@cache
+def _sender() -> Any:
+    """Linux's ``sync_file_range``, which Python does not have; None elsewhere."""
+    found = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if found is not None:
+        found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return found
+
+
+def _send(file: int, start: int, size: int) -> None:
+    """Begin to write to the disk, without waiting and without a promise: an error of it comes with fsync."""
+    send = _sender()
+    if send is not None:
+        send(file, start, size, 2)  # SYNC_FILE_RANGE_WRITE
 
 
 def _sync_folder(folder: Path) -> None:

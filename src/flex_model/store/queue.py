@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable
-from queue import SimpleQueue
+from typing import TypeAlias
 
 from flex_model.errors import FlexModelError, StoreError
 
-__all__ = ["WriteQueue"]
+__all__ = ["Work", "WriteQueue"]
+
+Work: TypeAlias = Callable[[], "tuple[Hashable, Work] | None"]
+"""What it returns is done next, under that key; what was reserved passes to it."""
 
 
 class WriteQueue:
-    """Work of one key is done in order, by one thread. ``put`` waits while the queue is full; nothing is dropped.
+    """Work of one key is done in order, never two at a time; any thread takes what is next. ``reserve`` waits while
+    the queue is full; nothing is dropped.
 
-    The first error ends all work, and is raised by every later ``put`` and ``wait``.
+    The first error ends all work, and is raised by every later ``reserve`` and ``wait``.
     """
 
     def __init__(self, limit: int, *, threads: int = 2) -> None:
@@ -23,9 +28,10 @@ class WriteQueue:
         self._tasks = 0
         self._changed = threading.Condition()
         self._error: FlexModelError | None = None
-        self._work: list[SimpleQueue[tuple[Callable[[], object], int] | None]] = [SimpleQueue() for _ in range(threads)]
-        self._of: dict[Hashable, int] = {}
-        self._threads = [threading.Thread(target=self._run, args=(work,), daemon=True) for work in self._work]
+        self._ended = self._dropped = False
+        self._of: dict[Hashable, deque[tuple[Work, int]]] = {}  # keys with work that waits or is being done
+        self._ready: deque[Hashable] = deque()  # of these, those that no thread is at
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
@@ -36,18 +42,24 @@ class WriteQueue:
             self._check()
             self._bytes += size
 
-    def put(self, key: Hashable, work: Callable[[], object], *, reserved: int = 0) -> None:
+    def put(self, key: Hashable, work: Work, *, reserved: int = 0) -> None:
         """Do ``work`` after what was put before under this key, then give back what was reserved for it."""
-        number = self._of.setdefault(key, len(self._of) % len(self._work))
         with self._changed:
-            self._tasks += 1
-        self._work[number].put((work, reserved))
+            self._add(key, work, reserved)
+            self._changed.notify_all()
+
+    def _add(self, key: Hashable, work: Work, reserved: int) -> None:
+        self._tasks += 1
+        if key not in self._of:
+            self._ready.append(key)
+        self._of.setdefault(key, deque()).append((work, reserved))
 
     def wait(self, until: Callable[[], object] | None = None) -> None:
         """Until something that the work brings about is so; or until all is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._error or (until() if until is not None else not self._tasks))
-            self._check()
+            if until is None or not until():
+                self._check()
 
     @property
     def bytes(self) -> int:
@@ -58,31 +70,45 @@ class WriteQueue:
         if self._error is not None:
             raise self._error
 
-    def stop(self) -> None:
-        """End the threads; what still waits is done first, unless there was an error."""
-        for work in self._work:
-            work.put(None)
+    def stop(self, *, drop: bool = False) -> None:
+        """End the threads; what still waits is done first, unless there was an error or it is to be dropped."""
+        with self._changed:
+            self._ended, self._dropped = True, drop
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _run(self, work: SimpleQueue[tuple[Callable[[], object], int] | None]) -> None:
-        while (task := work.get()) is not None:
-            error = None if self._error else _try(task[0])
+    def _run(self) -> None:
+        while (key := self._next()) is not None:
+            work, reserved = self._of[key].popleft()
+            more = None if self._error or self._dropped else self._do(work)
+            del work  # and the rows that it holds
             with self._changed:
-                self._error = self._error or error
-                self._bytes -= task[1]
                 self._tasks -= 1
+                if more is None:
+                    self._bytes -= reserved
+                else:
+                    self._add(*more, reserved)
+                del more
+                if self._of[key]:
+                    self._ready.append(key)
+                else:
+                    del self._of[key]
                 self._changed.notify_all()
-            del task  # and the rows that it holds
 
+    def _next(self) -> Hashable | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or (self._ended and not self._tasks))
+            return self._ready.popleft() if self._ready else None
 
-def _try(work: Callable[[], object]) -> FlexModelError | None:
-    try:
-        work()
-    except FlexModelError as error:
-        return error
-    except Exception as error:  # a thread must not end without a word
-        failed = StoreError(f"rows could not be written: {type(error).__name__}: {error}.")
-        failed.__cause__ = error
-        return failed
-    return None
+    def _do(self, work: Work) -> tuple[Hashable, Work] | None:
+        try:
+            return work()
+        except FlexModelError as error:
+            failed = error
+        except Exception as error:  # a thread must not end without a word
+            failed = StoreError(f"rows could not be written: {type(error).__name__}: {error}.")
+            failed.__cause__ = error
+        with self._changed:
+            self._error = self._error or failed
+        return None

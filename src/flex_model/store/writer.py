@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from math import prod
@@ -17,12 +17,13 @@ from typing import Any
 
 from flex_model.errors import StoreError
 from flex_model.store import commits
+from flex_model.store.buffers import Buffers
 from flex_model.store.commits import Commit
 from flex_model.store.dtypes import dtype_name, numpy_dtype, row_bytes
 from flex_model.store.lane import Folders, Lane, LaneKey
 from flex_model.store.manifest import Manifest, StoredSite
 from flex_model.store.place import Place, open_place, telling
-from flex_model.store.queue import WriteQueue
+from flex_model.store.queue import Work, WriteQueue
 
 __all__ = ["StoreWriter"]
 
@@ -68,9 +69,11 @@ class StoreWriter:
         self._place, self._session, self._all = place, session, manifest.all
         if place.buffers:
             queue_bytes = max(1, queue_bytes // 2)
-            segment_bytes = max(1, min(segment_bytes, queue_bytes // len(self._all)))
+            # each of the queue's two threads may be putting a segment, which is in memory twice for a while
+            segment_bytes = max(1, min(segment_bytes, queue_bytes // (len(self._all) + 2)))
         self._segment_bytes = segment_bytes
         self._queue = WriteQueue(queue_bytes)
+        self._buffers = Buffers(0 if place.buffers else queue_bytes // 4)  # a bucket holds what it was given
         self._lanes: dict[LaneKey, Lane] = {}
         self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
         self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
@@ -162,11 +165,16 @@ class StoreWriter:
         *,
         part: int | Sequence[tuple[int, int]] = 0,
         columns: Mapping[str, Any] | None = None,
+        owned: bool = False,
     ) -> None:
         """Rows of one part of a step, or of several: ``[(part, rows), ...]``; blocks while the queue is full.
 
         ``values``: by site, a tensor or array ``(rows, ...)``, or with the slice of the flattened row's columns that
-        it is. ``columns``: side columns ``(rows,)``. Both are copied. Sites of one part may come in several calls.
+        it is. ``columns``: side columns ``(rows,)``. Sites of one part may come in several calls.
+
+        All are copied, unless they are ``owned`` by the writer from now on: nobody writes to their memory again, and
+        a copy from the GPU into it (pinned memory is fine) is over. They are let go when they are written. What is
+        not contiguous, or not in host memory, is copied all the same.
         """
         self._check_open()
         placed = [self._placed(name, value) for name, value in {**values, **(columns or {})}.items()]
@@ -179,7 +187,7 @@ class StoreWriter:
         self._note(step, parts, [(lane, len(rows)) for rows, lane in placed])
         for rows, lane in placed:
             if len(rows):
-                self._put(step, parts, lane, rows)
+                self._put(step, parts, lane, rows, owned=owned)
 
     def _placed(self, name: str, value: Any) -> tuple[Any, LaneKey]:
         """The rows, and which columns of which site they are."""
@@ -219,17 +227,28 @@ class StoreWriter:
         if given:
             self._seen |= noted
 
-    def _put(self, step: int, parts: Sequence[tuple[int, int]], key: LaneKey, rows: Any) -> None:
-        site = self._all[key[0]]
-        size = len(rows) * (key[2] - key[1]) * numpy_dtype(site.dtype).itemsize
+    def _put(self, step: int, parts: Sequence[tuple[int, int]], key: LaneKey, rows: Any, *, owned: bool) -> None:
+        dtype = self._all[key[0]].dtype
+        size = len(rows) * (key[2] - key[1]) * numpy_dtype(dtype).itemsize
         lane = self._lanes.get(key) or self._lanes.setdefault(key, self._new_lane(key))
         self._queue.reserve(size)
+        buffer = None if owned else self._buffers.take(size)
         try:
-            data = row_bytes(rows)
+            data = row_bytes(rows, dtype=dtype, out=None if buffer is None else buffer[:size])
         except BaseException:
             self._queue.put(key, lambda: None, reserved=size)
             raise
-        self._queue.put(key, lambda: lane.append(step, parts, data), reserved=size)
+
+        def write() -> tuple[Hashable, Work]:
+            lane.append(step, parts, data)
+            return ("statistics", key), add_up  # while another thread writes the lane's next rows
+
+        def add_up() -> None:
+            lane.add_up(data)
+            if buffer is not None:
+                self._buffers.give(buffer)
+
+        self._queue.put(key, write, reserved=size)
 
     def _new_lane(self, key: LaneKey) -> Lane:
         return Lane(
@@ -263,34 +282,39 @@ class StoreWriter:
                 self.publish(step)
 
     def _table_of(self, step: int, lanes: dict[LaneKey, Lane]) -> None:
-        """Close the lanes, each behind its rows, and then write their table."""
+        """Close the lanes, each behind its rows and their statistics, and then write their table."""
         left, lock = len(lanes), threading.Lock()
 
-        def closed(lane: Lane | None) -> None:
+        def close(key: LaneKey, lane: Lane) -> tuple[Hashable, Work]:
+            lane.close()
+            return ("statistics", key), closed
+
+        def closed() -> None:
             nonlocal left
-            if lane is not None:
-                lane.close()
-                with lock:
-                    left -= 1
-            if not left:
+            with lock:
+                left -= 1
+                last = left <= 0
+            if last:
                 with telling(f"{self._place} cannot be written"):
                     self._save_table(step, lanes)
                 self._tabled = step
 
         for key, lane in lanes.items():
-            self._queue.put(key, partial(closed, lane))
+            self._queue.put(key, partial(close, key, lane))
         if not lanes:
-            self._queue.put(None, partial(closed, None))
+            self._queue.put("table", closed)
 
-    def tabled(self, step: int) -> None:
-        """Wait until this rank's table of a commit is written."""
-        self._queue.wait(lambda: self._tabled >= step)
+    def tabled(self, step: int, *, wait: bool = True) -> bool:
+        """Whether this rank's table of a commit is written; wait for it unless ``wait=False``."""
+        if wait:
+            self._queue.wait(lambda: self._tabled >= step)
+        return self._tabled >= step
 
     def _save_table(self, step: int, lanes: Mapping[LaneKey, Lane]) -> None:
         table = Commit(step)
         for lane in lanes.values():
             table.add(Commit(step, lane.segments, lane.runs))
-        held = {key: lane.moments for key, lane in lanes.items() if lane.moments is not None}
+        held = {key: lane.sums.moments() for key, lane in lanes.items() if lane.sums is not None}
         named = {str(number): moments for number, moments in enumerate(held.values())}
         file = commits.rank_file(step, self.rank, "safetensors")
         table.moments = commits.save_moments(self._place, file, named)
@@ -313,7 +337,7 @@ class StoreWriter:
                 page="bad-argument",
             )
         self._closed = True
-        self._queue.stop()
+        self._queue.stop(drop=drop)
         for lane in self._lanes.values():
             lane.drop()
 
