@@ -5,7 +5,8 @@ is left of it when it is killed.
     python benchmarks/harvest.py --only disk,model --device cuda --layers 16 --width 4096 --sites 2
 
 Ways alternate within a round; figures are medians over rounds, with the least and the most, and ratios are taken within
-a round. Outputs are compared before anything is timed. The page goes to ``results``, or is only shown with ``--dry``.
+a round. Outputs are compared before anything is timed. Each part has a section on the day's page in ``results``; with
+``--dry`` it is only shown.
 Without SmolLM2's weights part ``model`` runs a random Llama of ``--layers`` of ``--width`` in bf16.
 """
 
@@ -58,23 +59,35 @@ def main() -> None:
     options = parser.parse_args()
     options.model = None if options.model == "none" else smollm2(options.model)
     options.model_name = "SmolLM2-135M in float32"
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "numpy"))
-    head = [
-        f"# Harvests, {date.today()}",
-        "",
-        f"`python benchmarks/harvest.py {' '.join(sys.argv[1:])}`, at {commit()}; {versions}, Python "
-        f"{platform.python_version()}; {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the beginning.",
-        "",
-    ]
-    lines = head
-    print("\n".join(head), flush=True)
+    page = HERE / "results" / f"{date.today()}-harvest.md"
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="harvest-") as options.folder:
         for part in options.only.split(","):
-            told = import_module(f"harvests.{part}").report(options)
-            print("\n".join(told), flush=True)
-            lines = [*lines, *told]
-    if not options.dry:
-        (HERE / "results" / f"{date.today()}-harvest.md").write_text("\n".join(lines).rstrip() + "\n")
+            about = how()
+            title, *told = import_module(f"harvests.{part}").report(options)
+            section = "\n".join([f"## {title}", "", about, "", *told]).rstrip() + "\n"
+            print(section, flush=True)
+            if not options.dry:
+                put(page, section)
+
+
+def how() -> str:
+    """The command, where it ran, and what else ran there."""
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "numpy"))
+    words = " ".join(["python benchmarks/harvest.py", *sys.argv[1:]])
+    return (
+        f"`{words}`, at {commit()}; {versions}, Python {platform.python_version()}; {os.cpu_count()} cores, load average "
+        f"{os.getloadavg()[0]:.1f} before it began."
+    )
+
+
+def put(page: Path, section: str) -> None:
+    """A section on the day's page, in place of the one of its title."""
+    title, _, _ = section.partition("\n")
+    text = page.read_text() if page.exists() else f"# Harvests, {date.today()}\n"
+    kept = ["## " + one.strip() + "\n" for one in text.split("\n## ")[1:]]
+    at = next((i for i, one in enumerate(kept) if one.partition("\n")[0] == title), len(kept))
+    kept[at : at + 1] = [section]
+    page.write_text("\n".join([text.partition("\n## ")[0].strip() + "\n", *kept]))
 
 
 def commit() -> str:

@@ -76,14 +76,15 @@ def main(module: str, function: str) -> None:
 # -- measuring -------------------------------------------------------------------------------------------------
 @contextmanager
 def measured() -> Iterator[dict[str, float]]:
-    """Seconds within the block, of the wall and of all threads' CPU; this process's memory in MiB: at the beginning and
-    at most, by the kernel's own high-water mark, which is set back first."""
+    """Seconds within the block, of the wall and of all threads' CPU; this process's memory in MiB: before and after,
+    and at most, by the kernel's own high-water mark, which is set back first."""
     found: dict[str, float] = {}
     Path("/proc/self/clear_refs").write_text("5")
     found["before"] = _status("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     yield found
-    found |= {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "peak": _status("VmHWM")}
+    found |= {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    found |= {"peak": _status("VmHWM"), "after": _status("VmRSS")}
 
 
 def _status(name: str) -> float:

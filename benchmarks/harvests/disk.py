@@ -110,8 +110,7 @@ def report(options: Any) -> list[str]:
         shown = [spread(rates[way], ",.0f") for way in ways]
         rows.append([dtype, *shown, spread(ratios, ".0%"), f"{cpu[0]:.2f}, {cpu[1]:.2f}"])
     return [
-        "## Against the disk",
-        "",
+        "Against the disk",
         f"A model of 4 layers that hand on {ROWS} ready rows of 8,192 numbers a step, {options.gib:g} GiB on "
         f"{options.device}, and a plain file of the same bytes in the same folder, by turns, both with fsync. Rows are "
         f"read back and compared first.",

@@ -75,8 +75,7 @@ def report(options: Any) -> list[str]:
         errors.append(found["error"])
     what = options.model_name if options.model else f"A random Llama of {options.layers} layers of {options.width:,}"
     return [
-        "## Against the model alone",
-        "",
+        "Against the model alone",
         f"{what} on {found['on']}, {found['rows']:,} tokens in batches of {options.samples} x {options.length}, "
         f"{found['sites']} residual sites, `stop=False`; by turns in one process, everything from the first step to "
         f"the last commit. Stored rows are within {max(errors):.0e} of plain hooks' (of the norm).",

@@ -99,7 +99,7 @@ def traffic(*, model: str, axis: str, path: str, samples: int, length: int, step
 # -- the page --------------------------------------------------------------------------------------------------
 def report(options: Any) -> list[str]:
     if options.model is None:
-        return ["## Split over processes", "", "Left out: there are no weights of SmolLM2 here.", ""]
+        return ["Split over processes", "Left out: there are no weights of SmolLM2 here."]
     folder = Path(options.folder)
     given = {"model": options.model, "samples": options.samples, "length": options.length}
     want = folder / "alone"
@@ -123,19 +123,19 @@ def report(options: Any) -> list[str]:
         for path in folder.glob(f"{axis}-*"):
             shutil.rmtree(path)
     shutil.rmtree(want)
-    head = [f"{n:,} tokens, MiB" for n in (min(SHORT, options.tokens // 2), options.tokens)]
+    sizes = (min(SHORT, options.tokens // 2), options.tokens)
+    head = ["rank", "before", *(f"most, {n:,} tokens" for n in sizes), "difference", f"after {sizes[1]:,} tokens"]
     return [
-        "## Split over processes",
-        "",
+        "Split over processes",
         f"{options.model_name}, all {one['sites']} residual sites of {one['rows']:,} tokens in float32, "
-        f"{one['bytes'] / 2**30:.1f} GiB, in batches of {options.samples} x {options.length}, one thread a process. Rows "
-        f"are compared one by one with those of one process; `tokens/s` of ranks that share two cores say little.",
+        f"{one['bytes'] / 2**30:.1f} GiB, in batches of {options.samples} x {options.length}, one thread a process. "
+        f"Rows are compared with those of one process, in their order.",
         "",
         *table(rows),
-        "Memory of each rank while it harvests, in processes of their own; the kernel's high-water mark is set back once "
-        "the model is loaded.",
+        "Memory of each rank in MiB, in processes of their own: the most from the first step to the last commit, by the "
+        "kernel's high-water mark, which is set back once the model is loaded; and what is left afterwards.",
         "",
-        *table([["rank", "before", *head, "more"], *memory]),
+        *table([head, *memory]),
         "What the first rank puts into operations of the process group, forwards alone and harvests of as many steps "
         "with `stop=False`. What the harvest adds are messages by which ranks agree:",
         "",
@@ -144,13 +144,10 @@ def report(options: Any) -> list[str]:
 
 
 def _memory(axis: str, rank: int, short: dict[str, float], long: dict[str, float]) -> list[str]:
-    more = long["peak"] - short["peak"]
-    return [
-        f"{axis.upper()} {rank}",
-        f"{long['before']:,.0f}",
-        *(f"{r['peak']:,.0f}" for r in (short, long)),
-        f"{more:+,.0f}",
-    ]
+    """MiB."""
+    shown = [long["before"], short["peak"], long["peak"]]
+    more = f"{long['peak'] - short['peak']:+,.0f}"
+    return [f"{axis.upper()} {rank}", *(f"{size:,.0f}" for size in shown), more, f"{long['after']:,.0f}"]
 
 
 def _messages(axis: str, ranks: int, path: str, given: dict[str, Any]) -> list[list[Any]]:
