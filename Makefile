@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types clean
+.PHONY: help install environments demo test lint types clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -c constraints.txt $(ALONE)
 	touch $@
+
+environments: install  ## Make the environments of other packages that tests run in (without one they are skipped)
+	$(BIN)/python benchmarks/environments.py
 
 demo: install  ## Find and remove the induction heads of a real model, split over three processes
 	$(BIN)/flex-model induction --model smollm2 --tp 3 --out demo

@@ -19,14 +19,14 @@ import json
 import subprocess
 import sys
 import tokenize
-import venv
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import environments
 import torch
 
-SNIPPETS, PEERS, RESULTS = (Path(__file__).parent / name for name in ("lines", ".peers", "results"))
+SNIPPETS, RESULTS = (Path(__file__).parent / name for name in ("lines", "results"))
 OURS = "flex_model"
 TASKS = {
     "residuals": "cache the residuals of all layers",
@@ -76,13 +76,7 @@ def python_of(tool: str) -> str:
     """The tool's interpreter; its environment is made if it is not there."""
     if tool == OURS:
         return sys.executable
-    folder, needs = PEERS / TOOLS[tool].folder, TOOLS[tool].needs
-    python, made = folder / "bin" / "python", folder / "made-of.txt"
-    if not made.exists() or made.read_text() != "\n".join(needs):
-        venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True, capture_output=True, text=True)
-        made.write_text("\n".join(needs))
-    return str(python)
+    return environments.make(TOOLS[tool].folder, TOOLS[tool].needs)
 
 
 def run(tool: str) -> dict[str, Any]:

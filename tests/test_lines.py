@@ -18,7 +18,9 @@ def lines() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark_of_lines", BENCHMARKS / "lines.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)  # as for a script in it
+        spec.loader.exec_module(module)
     return module
 
 

@@ -142,10 +142,14 @@ class Writing:
     def commit(self, step: int, place: Any) -> None:
         """Begin to commit all up to ``step``, and make the commit before it count; ``place``: where the loader is
         then. All ranks."""
-        self.flush()
         self.settle()
-        assert self._writer is not None
-        self._writer.commit(step, wait=False)
+
+        def begin() -> None:
+            self.flush()
+            assert self._writer is not None
+            self._writer.commit(step, wait=False)
+
+        self.together.each(begin, "a commit")
         self._pending = step
         self._places = {**dict(list(self._places.items())[-1:]), str(step): place}
 
