@@ -1,0 +1,100 @@
+"""What ``fm.harvest`` costs, paired in one run: against the disk, the model alone, one process, and its peers; and what
+is left of it when it is killed.
+
+    python benchmarks/harvest.py [--only disk,model,smollm2,kills,peers] [--folder /tmp] [--tokens 60000] [--rounds 5]
+    python benchmarks/harvest.py --only disk,model --device cuda --layers 16 --width 4096 --sites 2
+
+Ways alternate within a round; figures are medians over rounds, with the least and the most, and ratios are taken within
+a round. Outputs are compared before anything is timed. Each part has a section on the day's page in ``results``; with
+``--dry`` it is only shown.
+Without SmolLM2's weights part ``model`` runs a random Llama of ``--layers`` of ``--width`` in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PARTS = ("disk", "model", "smollm2", "kills", "peers")
+
+
+def smollm2(given: str | None) -> str | None:
+    """The folder of its weights, if they can be had here."""
+    from flex_model.cli.models import ModelError, find_model
+
+    try:
+        return str(find_model(given or "smollm2", HERE.parent / ".models").resolve())
+    except ModelError:
+        if given:
+            raise
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, by commas")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk that is measured")
+    parser.add_argument("--model", help="a folder of SmolLM2's weights; 'none' for a random Llama")
+    parser.add_argument("--tokens", type=int, default=20000, help="of part smollm2; half of it for part peers")
+    parser.add_argument("--model-tokens", type=int, default=8000, help="of part model, each way and round")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=125)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gib", type=float, default=1.0, help="of part disk, each way and round")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--device", default="cpu", help="of parts disk and model")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--sites", type=int, default=30, help="of part model, at most")
+    parser.add_argument("--dry", action="store_true", help="write no page")
+    options = parser.parse_args()
+    options.model = None if options.model == "none" else smollm2(options.model)
+    options.model_name = "SmolLM2-135M in float32"
+    page = HERE / "results" / f"{date.today()}-harvest.md"
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="harvest-") as options.folder:
+        for part in options.only.split(","):
+            about = how()
+            title, *told = import_module(f"harvests.{part}").report(options)
+            section = "\n".join([f"## {title}", "", about, "", *told]).rstrip() + "\n"
+            print(section, flush=True)
+            if not options.dry:
+                put(page, section)
+
+
+def how() -> str:
+    """The command, where it ran, and what else ran there."""
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "numpy"))
+    words = " ".join(["python benchmarks/harvest.py", *sys.argv[1:]])
+    return (
+        f"`{words}`, at {commit()}; {versions}, Python {platform.python_version()}; {os.cpu_count()} cores, load average "
+        f"{os.getloadavg()[0]:.1f} before it began."
+    )
+
+
+def put(page: Path, section: str) -> None:
+    """A section on the day's page, in place of the one of its title."""
+    title, _, _ = section.partition("\n")
+    text = page.read_text() if page.exists() else f"# Harvests, {date.today()}\n"
+    kept = ["## " + one.strip() + "\n" for one in text.split("\n## ")[1:]]
+    at = next((i for i, one in enumerate(kept) if one.partition("\n")[0] == title), len(kept))
+    kept[at : at + 1] = [section]
+    page.write_text("\n".join([text.partition("\n## ")[0].strip() + "\n", *kept]))
+
+
+def commit() -> str:
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "an unknown commit"
+
+
+if __name__ == "__main__":
+    main()
