@@ -44,6 +44,7 @@ class Taking:
         self.nothing: dict[str, str] = {}  # {site: what a module gave instead of a tensor}
         self.refused: dict[Any, Exception] = {}
         self.error: FlexModelError | None = None
+        self.memory: Callable[[tuple[int, int], torch.dtype], Tensor] = _new  # on the host
         self._copies, self._dtype = copies, dtype
         self._rank, self._own = rank, own_batches  # among the data-parallel ranks
         self._ways: set[Way] = set()
@@ -105,10 +106,28 @@ class Taking:
         share = self.shares[name]
         index, parts = self.rows_of(share.way, share.positions)
         dtype = local.dtype if self._dtype is None else self._dtype
-        rows = share.rows(local, None if index is None else index.to(local.device), dtype)
-        kept = [self._copies.take(r, torch.device("cpu"), owned=not _shares_memory(r, local)) for r in rows]
+        rows = share.rows(local)
+        kept = [
+            self._on_host(r, index, dtype) if r.device.type == "cpu" else self._leaving(r, index, dtype) for r in rows
+        ]
         step.values[name] = [(r, start) for r, (_, start) in zip(kept, share.columns, strict=True)]
         step.parts[name] = parts
+
+    def _on_host(self, rows: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Chosen, cast and copied at once, into memory that is used again: new memory takes longer than the copy."""
+        count = len(rows) if index is None else len(index)
+        out = self.memory((count, rows.shape[1]), dtype)
+        if index is None:
+            return out.copy_(rows)
+        if dtype == rows.dtype:
+            return torch.index_select(rows, 0, index, out=out)
+        return out.copy_(rows.index_select(0, index))
+
+    def _leaving(self, rows: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Chosen and cast where they are, and copied to the host beside the model."""
+        chosen = rows if index is None else rows.index_select(0, index.to(rows.device, non_blocking=True))
+        cast = chosen.to(dtype)
+        return self._copies.take(cast, torch.device("cpu"), owned=index is not None or cast is not rows)
 
     def rows_of(
         self, way: Way, positions: Callable[[int | None], Tensor | None]
@@ -150,8 +169,8 @@ class Taking:
         return step
 
 
-def _shares_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _new(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def unfit(rows: Tensor, dtype: torch.dtype) -> bool:

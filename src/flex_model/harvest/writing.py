@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flex_model.errors import HarvestError
@@ -111,6 +112,11 @@ class Writing:
                 f"there and {here.get(wrong[0], 'absent')} here; choose another path, or resume with the same options.",
                 page="harvest-resume",
             )
+
+    def memory(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """On the host, for rows that are put: it is used again once they are written."""
+        assert self._writer is not None
+        return self._writer.memory(shape, dtype)
 
     # -- steps -------------------------------------------------------------------------------------------------
     def put(self, step: Step, columns: Mapping[str, Tensor], parts: list[tuple[int, int]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import platform
 import sys
 import threading
@@ -14,6 +15,9 @@ from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from flex_model.errors import StoreError
 from flex_model.store import commits
@@ -72,8 +76,10 @@ class StoreWriter:
             # each of the queue's two threads may be putting a segment, which is in memory twice for a while
             segment_bytes = max(1, min(segment_bytes, queue_bytes // (len(self._all) + 2)))
         self._segment_bytes = segment_bytes
-        self._queue = WriteQueue(queue_bytes)
+        threads = 2 if place.buffers else min(4, max(2, (os.cpu_count() or 1) // 4))
+        self._queue = WriteQueue(queue_bytes, threads=threads)
         self._buffers = Buffers(0 if place.buffers else queue_bytes // 4)  # a bucket holds what it was given
+        self._lent: dict[int, Any] = {}  # by address
         self._lanes: dict[LaneKey, Lane] = {}
         self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
         self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
@@ -164,6 +170,15 @@ class StoreWriter:
         """Given to ``append`` and not written yet."""
         return self._queue.bytes
 
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for rows to be appended as ``owned``, which is used again once they are written."""
+        size = prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(tuple(shape), dtype=dtype)
+        buffer = self._buffers.take(size)
+        self._lent[buffer.ctypes.data] = buffer
+        return torch.from_numpy(buffer[:size]).view(dtype).view(tuple(shape))
+
     def append(
         self,
         step: int,
@@ -241,6 +256,7 @@ class StoreWriter:
         buffer = None if owned else self._buffers.take(size)
         try:
             data = row_bytes(rows, dtype=dtype, out=None if buffer is None else buffer[:size])
+            buffer = self._lent.pop(data.ctypes.data, None) if owned else buffer
         except BaseException:
             self._queue.put(key, lambda: None, reserved=size)
             raise
