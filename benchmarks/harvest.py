@@ -75,8 +75,8 @@ def how() -> str:
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "numpy"))
     words = " ".join(["python benchmarks/harvest.py", *sys.argv[1:]])
     return (
-        f"`{words}`, at {commit()}; {versions}, Python {platform.python_version()}; {os.cpu_count()} cores, load average "
-        f"{os.getloadavg()[0]:.1f} before it began."
+        f"`{words}`, at {commit()}; {versions}, Python {platform.python_version()}; {os.cpu_count()} cores, load "
+        f"average {os.getloadavg()[0]:.1f} before it began."
     )
 
 
