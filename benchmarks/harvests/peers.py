@@ -162,8 +162,8 @@ def report(options: Any) -> list[str]:
     lines = [
         title,
         f"{options.model_name}, {tokens:,} tokens in batches of {options.samples} x {options.length}, rows in float32, "
-        f"on one process with one thread for the model; of a split model none of the others writes whole rows. From the "
-        f"first batch until every file is on the disk by fsync; each run in a fresh process, by turns; memory is the "
+        f"on one process with one thread for the model; of a split model none of the others writes whole rows. From "
+        f"the first batch until every file is on the disk by fsync; each run in a fresh process, by turns; memory is the "
         f"process's most from then on. Rows are compared with plain hooks' first (largest relative error).",
         "",
     ]
