@@ -101,7 +101,7 @@ def sae_lens(model: str, data: Data, path: Path, layers: list[int]) -> Callable[
 
     def run() -> Rows:
         found = runner.run()
-        return lambda _: torch.tensor(found.with_format("torch")[config.hook_name][:]).flatten(0, 1)
+        return lambda _: torch.as_tensor(found.with_format("torch")[config.hook_name][:]).flatten(0, 1)
 
     return run
 
@@ -157,14 +157,14 @@ def report(options: Any) -> list[str]:
     tools = ways()
     every = list(range(30))
     given = {n: getattr(options, n) for n in ("model", "folder", "samples", "length")}
-    tokens = max(1, options.tokens // 2 // (BUFFER * options.samples * options.length)) * BUFFER
-    tokens *= options.samples * options.length
+    shard = BUFFER * options.samples * options.length
+    tokens = max(1, options.model_tokens // shard) * shard
     lines = [
         title,
         f"{options.model_name}, {tokens:,} tokens in batches of {options.samples} x {options.length}, rows in float32, "
         f"on one process with one thread for the model; of a split model none of the others writes whole rows. From "
-        f"the first batch until every file is on the disk by fsync; each run in a fresh process, by turns; memory is the "
-        f"process's most from then on. Rows are compared with plain hooks' first (largest relative error).",
+        f"the first batch until every file is on the disk by fsync; each run in a fresh process, by turns; memory is "
+        f"the process's most from then on. Rows are compared with plain hooks' first (largest relative error).",
         "",
     ]
     for layers, kept in ((every, list(tools)[:3]), (every[-1:], list(tools))):
