@@ -53,7 +53,7 @@ class Writing:
         return {n: StoredSite(store[n].shape[1:], store[n].dtype, store[n].layout) for n in store.sites}
 
     def look(self, *, resume: bool) -> Begun | None:
-        """The store that is there, if any."""
+        """The store that is there, if any; one without a commit is begun anew."""
 
         def read() -> Begun | None:
             place = open_place(self.path)
@@ -62,12 +62,14 @@ class Writing:
                 loader = place.read(_LOADER)
             if not there:
                 return None
+            store = ActivationStore(self.path)
+            if store.last_step < 0:
+                return None
             if not resume:
                 raise HarvestError(
                     f"{place} is a store already, and resume=False was given; choose another path, or remove it.",
                     page="harvest-resume",
                 )
-            store = ActivationStore(self.path)
             places = json.loads(loader) if loader is not None else {}
             return Begun(store.last_step + 1, store.about, places.get(str(store.last_step)))
 
@@ -81,7 +83,9 @@ class Writing:
 
         def first() -> bool:
             if new:
-                self._writer = StoreWriter.create(self.path, sites=sites, columns=columns, about=about, **own)
+                self._writer = StoreWriter.create(
+                    self.path, sites=sites, columns=columns, about=about, over_empty=True, **own
+                )
             else:
                 self._check_same(sites, columns)
                 self._writer = StoreWriter.resume(self.path, **own)

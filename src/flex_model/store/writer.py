@@ -90,13 +90,14 @@ class StoreWriter:
         about: Mapping[str, Any] | None = None,
         rank: int = 0,
         ranks: int = 1,
+        over_empty: bool = False,
         segment_bytes: int = 1 << 28,
         queue_bytes: int = 1 << 30,
     ) -> StoreWriter:
         """A new store in a folder or at a URL, called by one rank.
 
         ``columns``: dtypes of side columns, one number a row. ``about``: JSON for whoever reads it, such as the
-        model's name and revision.
+        model's name and revision. ``over_empty``: also in the place of a store that has no commit.
         """
         place = open_place(path)
         told = json.loads(json.dumps({**_about(), **(about or {})}, default=str))
@@ -104,13 +105,18 @@ class StoreWriter:
         if not sites or manifest.sites.keys() & manifest.columns.keys():
             raise StoreError("expected at least one site, and columns of other names.", page="bad-argument")
         with telling(f"{place} cannot be made a store"):
+            session = 0
             if place.read("manifest.json") is not None:
-                raise StoreError(f"{place} is a store already; resume it, or choose another path.", page="store-exists")
+                if not over_empty or commits.committed_steps(place):
+                    raise StoreError(
+                        f"{place} is a store already; resume it, or choose another path.", page="store-exists"
+                    )
+                session = _session(place) + 1
             place.make()
-            place.write(_SESSION, json.dumps({"session": 0}).encode())
+            _take(place, session)
             manifest.save(place)
         limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
-        return cls(place, manifest, 0, rank=rank, ranks=ranks, **limits)
+        return cls(place, manifest, session, rank=rank, ranks=ranks, **limits)
 
     @classmethod
     def resume(
