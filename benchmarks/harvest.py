@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by commas")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk that is measured")
     parser.add_argument("--model", help="a folder of SmolLM2's weights; 'none' for a random Llama")
-    parser.add_argument("--tokens", type=int, default=20000, help="of part smollm2; half of it for part peers")
-    parser.add_argument("--model-tokens", type=int, default=8000, help="of part model, each way and round")
+    parser.add_argument("--tokens", type=int, default=15000, help="of part smollm2")
+    parser.add_argument("--model-tokens", type=int, default=4000, help="of parts model and peers, each way and round")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=125)
     parser.add_argument("--rounds", type=int, default=5)
@@ -75,8 +75,8 @@ def how() -> str:
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "numpy"))
     words = " ".join(["python benchmarks/harvest.py", *sys.argv[1:]])
     return (
-        f"`{words}`, at {commit()}; {versions}, Python {platform.python_version()}; {os.cpu_count()} cores, load average "
-        f"{os.getloadavg()[0]:.1f} before it began."
+        f"`{words}`, at {commit()}; {versions}, Python {platform.python_version()}; {os.cpu_count()} cores, load "
+        f"average {os.getloadavg()[0]:.1f} before it began."
     )
 
 

@@ -27,7 +27,7 @@ RANKS = 2
 
 @dataclass
 class Killed:
-    """``after``: the last committed step at each kill, -1 before the first; ``stores``: those done and equal."""
+    """``after``: the last committed step at each kill, or -1; ``stores``: how many were done, and equal."""
 
     steps: int
     after: list[int] = field(default_factory=list)

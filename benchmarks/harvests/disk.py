@@ -23,6 +23,7 @@ class Passing(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Identity() for _ in range(layers))
+        self.here = nn.Parameter(torch.empty(0))  # says on which device the model is
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -53,7 +54,7 @@ def rounds(
     there = [torch.randn(ROWS, width).to(getattr(torch, dtype)) for _ in range(4)]
     steps = max(4, round(gib * 2**30 / (sites * there[0].nbytes)))
     host, data = Steps(there, steps), Steps([t.to(device) for t in there], steps)
-    fm, path = FlexModel(Passing(sites)), Path(folder) / "acts"
+    fm, path = FlexModel(Passing(sites).to(device)), Path(folder) / "acts"
     _check(fm, Steps(data.ready, 6), path, there)
     found = []
     for turn in range(turns + 1):  # the first one warms up

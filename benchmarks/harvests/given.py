@@ -30,7 +30,7 @@ def _random(layers: int, width: int, device: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": width, "intermediate_size": width * 7 // 2, "num_attention_heads": width // 128}
-    config = LlamaConfig(**sizes, num_key_value_heads=8, num_hidden_layers=layers, vocab_size=32000)
+    config = LlamaConfig(**sizes, num_key_value_heads=min(8, width // 128), num_hidden_layers=layers, vocab_size=32000)
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -28,10 +28,10 @@ def report(options: Any) -> list[str]:
         rows.append([title, len(found["after"]), after, f"{found['stores']}, all equal", found["rows"]])
     return [
         "Killed",
-        f"A small model on two ranks, {STEPS} steps, a commit every 3. All ranks are killed at once (`SIGKILL`) at random "
-        f"moments, starting among them, and started again until the harvest is done; one that is done too soon is begun "
-        f"anew. After every kill the rows that are committed, and at the end all sites and columns, are equal to those "
-        f"of a harvest that nobody disturbed, and `verify()` finds nothing.",
+        f"A small model on two ranks, {STEPS} steps, a commit every 3. All ranks are killed at once (`SIGKILL`) at "
+        f"random moments, and started again until the harvest is done; one that is done too soon is begun anew. After "
+        f"every kill the rows that are committed, and at the end all sites and columns, are equal to those of a "
+        f"harvest that nobody disturbed, and `verify()` finds nothing.",
         "",
         *table(rows),
     ]

@@ -132,8 +132,8 @@ def report(options: Any) -> list[str]:
         f"Rows are compared with those of one process, in their order.",
         "",
         *table(rows),
-        "Memory of each rank in MiB, in processes of their own: the most from the first step to the last commit, by the "
-        "kernel's high-water mark, which is set back once the model is loaded; and what is left afterwards.",
+        "Memory of each rank in MiB, in processes of their own: the most from the first step to the last commit, by "
+        "the kernel's high-water mark, which is set back once the model is loaded; and what is left afterwards.",
         "",
         *table([head, *memory]),
         "What the first rank puts into operations of the process group, forwards alone and harvests of as many steps "
