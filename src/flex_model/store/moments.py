@@ -80,6 +80,19 @@ class Sums:
         self._shift: NDArray[np.float64] | None = None
         self._sum, self._squares = np.zeros(width * self._fold), np.zeros(width * self._fold)
 
+    def take(self, rows: int, sums: Tensor) -> None:
+        """As ``add`` of so many rows; ``sums``: of each column the numbers and their squares, (2, width) in float64."""
+        import numpy as np
+
+        total, squares = sums.numpy()
+        with np.errstate(invalid="ignore", over="ignore"):
+            if self._shift is not None:
+                squares = squares - 2 * self._shift * total + rows * self._shift**2
+                total = total - rows * self._shift
+            self._sum[: self._width] += total
+            self._squares[: self._width] += squares
+        self._rows += rows
+
     def add(self, rows: Tensor) -> None:
         """``(rows, width)``, of a dtype of the store."""
         narrow = rows.element_size() <= 2

@@ -187,6 +187,7 @@ class StoreWriter:
         part: int | Sequence[tuple[int, int]] = 0,
         columns: Mapping[str, Any] | None = None,
         owned: bool = False,
+        sums: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Rows of one part of a step, or of several: ``[(part, rows), ...]``; blocks while the queue is full.
 
@@ -195,7 +196,8 @@ class StoreWriter:
 
         All are copied, unless they are ``owned`` by the writer from now on: nobody writes to their memory again, and
         a copy from the GPU into it (pinned memory is fine) is over. They are let go when they are written. What is
-        not contiguous, or not in host memory, is copied all the same.
+        not contiguous, or not in host memory, is copied all the same. ``sums``: of sites whose statistics were summed
+        where the rows come from: of each column the numbers and their squares, ``(2, columns)`` in float64.
         """
         self._check_open()
         placed = [self._placed(name, value) for name, value in {**values, **(columns or {})}.items()]
@@ -208,7 +210,7 @@ class StoreWriter:
         self._note(step, parts, [(lane, len(rows)) for rows, lane in placed])
         for rows, lane in placed:
             if len(rows):
-                self._put(step, parts, lane, rows, owned=owned)
+                self._put(step, parts, lane, rows, owned=owned, sums=(sums or {}).get(lane[0]))
 
     def _placed(self, name: str, value: Any) -> tuple[Any, LaneKey]:
         """The rows, and which columns of which site they are."""
@@ -248,7 +250,16 @@ class StoreWriter:
         if given:
             self._seen |= noted
 
-    def _put(self, step: int, parts: Sequence[tuple[int, int]], key: LaneKey, rows: Any, *, owned: bool) -> None:
+    def _put(
+        self,
+        step: int,
+        parts: Sequence[tuple[int, int]],
+        key: LaneKey,
+        rows: Any,
+        *,
+        owned: bool,
+        sums: Tensor | None,
+    ) -> None:
         dtype = self._all[key[0]].dtype
         size = len(rows) * (key[2] - key[1]) * numpy_dtype(dtype).itemsize
         lane = self._lanes.get(key) or self._lanes.setdefault(key, self._new_lane(key))
@@ -266,7 +277,7 @@ class StoreWriter:
             return ("statistics", key), add_up  # while another thread writes the lane's next rows
 
         def add_up() -> None:
-            lane.add_up(data)
+            lane.add_up(data, sums)
             if buffer is not None:
                 self._buffers.give(buffer)
 
