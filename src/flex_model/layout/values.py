@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ROW", "Digest", "close", "digest", "local", "mark", "same", "sharding"]
+__all__ = ["ROW", "Digest", "close", "digest", "local", "mark", "prove_nothing", "rows", "same", "sharding"]
 
 _SAMPLES = 256
 ROW = 2 + _SAMPLES
@@ -61,25 +63,35 @@ class Digest:
     scale: float
     tolerance: float
 
-    @property
-    def proves_nothing(self) -> bool:
-        """All elements alike: a replica and a shard of zeros would look the same."""
-        return not self.samples.numel() or bool((self.samples == self.samples[0]).all())
 
-    def row(self) -> Tensor:
-        """All of it as ``ROW`` numbers: what the tensor is, its margin, its samples. Ranks whose rows differ by no more
-        than the margin in any number hold equal tensors."""
-        out = torch.zeros(ROW, dtype=torch.double)
-        out[0], out[1] = mark((self.shape, self.dtype)), self.tolerance * self.scale
-        out[2 : 2 + len(self.samples)] = self.samples
-        return out
+def rows(digests: Sequence[Digest]) -> Tensor:
+    """Each digest as ``ROW`` numbers: what the tensor is, its margin, its samples, and where they are few the first of
+    them again. Ranks whose rows differ by no more than the margin in any number hold equal tensors."""
+    if not digests:
+        return torch.zeros((0, ROW), dtype=torch.double, device="cpu")
+    heads = [[_mark_of(d.shape, d.dtype), d.tolerance * d.scale] for d in digests]
+    samples = torch.cat([s for d in digests for s in _filled(d.samples)]).view(-1, _SAMPLES)
+    return torch.cat([torch.tensor(heads, dtype=torch.double, device="cpu"), samples], 1)
 
 
-def same(digests: list[Digest]) -> bool:
+def _filled(samples: Tensor) -> tuple[Tensor, ...]:
+    missing = _SAMPLES - len(samples)
+    if not missing:
+        return (samples,)
+    return (samples, samples[:1].expand(missing)) if len(samples) else (samples.new_zeros(missing),)
+
+
+def prove_nothing(rows: Tensor) -> Tensor:
+    """Of which rows all samples are alike: a replica and a shard of zeros would look the same."""
+    samples = rows[:, 2:]
+    return samples.amax(1) == samples.amin(1)
+
+
+def same(digests: Sequence[Digest]) -> bool:
     """Whether the tensors behind the digests are equal within their dtype's tolerance."""
-    rows = torch.stack([d.row() for d in digests])
-    apart = rows.amax(0) - rows.amin(0)
-    return bool(apart[0] == 0 and (apart[2:] <= rows[:, 1].max()).all())
+    numbers = rows(digests)
+    apart = numbers.amax(0) - numbers.amin(0)
+    return bool(apart[0] == 0 and (apart[2:] <= numbers[:, 1].max()).all())
 
 
 def mark(value: object) -> int:
@@ -87,16 +99,34 @@ def mark(value: object) -> int:
     return int.from_bytes(blake2b(repr(value).encode(), digest_size=6).digest(), "big")
 
 
+@lru_cache(maxsize=256)
+def _mark_of(shape: tuple[int, ...], dtype: str) -> int:
+    return mark((shape, dtype))
+
+
+_kept_places: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _places(elements: int, count: int, device: torch.device) -> Tensor:
+    """``count`` indices evenly over so many elements."""
+    places = _kept_places.get((elements, count, device))
+    if places is None:
+        places = torch.linspace(0, elements - 1, count, dtype=torch.double, device="cpu").long().to(device)
+        if type(places) is Tensor and len(_kept_places) < 256:  # and nothing of a mode that is on
+            _kept_places[elements, count, device] = places
+    return places
+
+
 def digest(tensor: Tensor) -> Digest:
     tensor = local(tensor)
-    flat = tensor.flatten()
-    count = min(_SAMPLES // 2 if tensor.is_complex() else _SAMPLES, flat.numel())  # complex elements are two numbers
-    where = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.double).long()
-    samples = _comparable(flat[where.to(flat.device)]).flatten().cpu()
+    flat, elements = tensor.flatten(), tensor.numel()
+    count = min(_SAMPLES // 2 if tensor.is_complex() else _SAMPLES, elements)  # complex elements are two numbers
+    some = flat if count == elements else flat[_places(elements, count, flat.device)]
+    samples = _comparable(some).flatten().cpu()
     return Digest(
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype),
         samples=samples,
-        scale=float(samples.abs().max()) if flat.numel() else 0.0,
+        scale=float(samples.abs().max()) if elements else 0.0,
         tolerance=_tolerance(tensor.dtype),
     )
