@@ -109,6 +109,7 @@ class Inference:
         """Whether a wanted value (name, side, index, gradient) was never looked for in a call of this kind."""
         return bool(self._probes or self.mesh.axes) and any((self._kind, *key) not in self._probed for key in wanted)
 
+    @uncollected()
     def begin(
         self,
         module: nn.Module,

@@ -18,7 +18,7 @@ from flex_model.layout.layout import replicates, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim
 from flex_model.layout.sequence import Order
-from flex_model.layout.values import Digest, digest
+from flex_model.layout.values import Digest, digest, interned
 
 __all__ = ["Claim", "Evidence", "claim"]
 
@@ -82,7 +82,7 @@ def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
     if evidence.twin is not None and len(evidence.twin) == len(shape):
         grow = [found.dim for found in (evidence.batch, evidence.sequence) if found is not None]
         open_dims = {*grow, *([0] if evidence.rows else [])}
-        full = tuple([None if d in open_dims else s for d, s in enumerate(evidence.twin)])
+        full = interned(tuple([None if d in open_dims else s for d, s in enumerate(evidence.twin)]))
     late = tuple(i for i in evidence.late if replicates(placements[i])) if evidence.late else ()
     return Claim(evidence.where, shape, mark, placements, sources, full, late=late, parted=evidence.parted)
 

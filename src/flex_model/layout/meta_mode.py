@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,10 +51,9 @@ class IntegersAreReal(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any] | None, tensors: list[Tensor]) -> Any:
         real = [t for t in tensors if not t.is_meta]
         on_meta = len(real) < len(tensors)
-        if on_meta and func.namespace == "c10d":
-            return _unsent(func, args)
-        if on_meta and func in _SUBSTITUTES:
-            return _SUBSTITUTES[func](*args, **(kwargs or {}))
+        instead, remembered = _how(func)
+        if on_meta and instead is not None:
+            return instead(*args, **(kwargs or {}))
         if func is aten.histc.default and not args[0].is_floating_point():
             args = (args[0].float(), *args[1:])
         if kwargs and kwargs.get("device") is not None:
@@ -62,7 +62,7 @@ class IntegersAreReal(TorchDispatchMode):
             args, kwargs = pytree.tree_map_only(Tensor, _to_meta, (args, kwargs or {}))
             if kwargs.get("device") is not None:
                 kwargs["device"] = torch.device("meta")
-        if on_meta and makes_new(func):
+        if on_meta and remembered:
             return self._results.of(func, args, kwargs)
         return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -97,7 +97,7 @@ def _tensors_of(args: Any, kwargs: dict[str, Any] | None) -> list[Tensor]:
     return out
 
 
-def _unsent(func: Any, args: Any) -> Any:
+def _unsent(func: Any, *args: Any, **_: Any) -> Any:
     """A collective into tensors that are there already has nothing to bring but its shapes."""
     from torch._C._distributed_c10d import FakeWork
 
@@ -121,6 +121,13 @@ _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten.nonzero.default: _nonzero,
     aten._grouped_mm.default: _grouped_mm,
 }
+
+
+@cache
+def _how(func: Any) -> tuple[Callable[..., Any] | None, bool]:
+    """What an operator is replaced by on meta tensors, and whether what it makes of them is remembered."""
+    instead = partial(_unsent, func) if func.namespace == "c10d" else _SUBSTITUTES.get(func)
+    return instead, makes_new(func)
 
 
 @contextmanager

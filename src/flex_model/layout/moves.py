@@ -84,9 +84,11 @@ class Trace:
         if isinstance(result, Tensor):
             made: tuple[int, ...] = (self.number(result),)
         else:
-            made = tuple(self.number(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
+            made = tuple([self.number(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)])
         if views and before:
-            self.seen_through.update((n, before[0]) for n in made if n != before[0])
+            for n in made:
+                if n != before[0]:
+                    self.seen_through[n] = before[0]
         if not moves:
             self.steps.append(_Step(func, before, made, reshapes))
             return

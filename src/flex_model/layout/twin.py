@@ -213,7 +213,7 @@ class Twin:
                 once = self._whole(inputs, names, trace)
             except Exception as error:  # it could not be copied
                 return TwinShapes(failure=_told(error))
-            return TwinShapes(once.shapes, twice, once.stopped, self._disordered(inputs, names, once, trace))
+            return TwinShapes(once.shapes, twice, once.stopped, self._disordered(inputs, once, trace))
 
     def _whole(self, inputs: Any, names: Watched, trace: Trace | None = None) -> _Run:
         twin = self._copied()
@@ -235,7 +235,7 @@ class Twin:
         with self._engines.alone():
             return self._forward(twin, inputs, names, recording, None)
 
-    def _disordered(self, inputs: Any, names: Watched, whole: _Run, trace: Trace) -> dict[tuple[Key, int], str]:
+    def _disordered(self, inputs: Any, whole: _Run, trace: Trace) -> dict[tuple[Key, int], str]:
         """Where the model moves elements so that its shards are not in the order of the ranks."""
         with self._engines.mimicked() as mimic:
             if mimic is None:
@@ -245,7 +245,7 @@ class Twin:
                     mine = copied(self._model, memo)
                 mimic.prepare(mine)
                 local = Trace()
-                self._run(mine, inputs, names, local)
+                self._run(mine, inputs, {}, local)
                 why = out_of_order(local, trace, cut=bool(whole.stopped))
             except Exception as error:
                 if not mimic.exact:

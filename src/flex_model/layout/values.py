@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ROW", "Digest", "close", "digest", "local", "mark", "prove_nothing", "rows", "same", "sharding"]
+__all__ = ["ROW", "Digest", "close", "digest", "interned", "local", "mark", "prove_nothing", "rows", "same", "sharding"]
 
+T = TypeVar("T")
 _SAMPLES = 256
 ROW = 2 + _SAMPLES
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -55,30 +57,54 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Digest:
-    """A few numbers that equal tensors share: evenly spaced elements and their scale."""
+    """A few numbers that equal tensors share: evenly spaced elements, on the CPU."""
 
     shape: tuple[int, ...]
-    dtype: str
-    samples: Tensor  # float64, on the CPU
-    scale: float
-    tolerance: float
+    samples: Tensor
+
+
+def digest(tensor: Tensor) -> Digest:
+    tensor = local(tensor)
+    flat, elements = tensor.flatten(), tensor.numel()
+    count = min(_SAMPLES // 2 if tensor.is_complex() else _SAMPLES, elements)  # complex elements are two numbers
+    some = flat.clone() if count == elements else flat[_places(elements, count, flat.device)]
+    return Digest(interned(tuple(tensor.shape)), some.cpu())
+
+
+@lru_cache(maxsize=1024)
+def interned(shape: tuple[T, ...]) -> tuple[T, ...]:
+    """The same object for all equal ones: a model has few shapes at many sites."""
+    return shape
+
+
+_kept_places: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _places(elements: int, count: int, device: torch.device) -> Tensor:
+    """``count`` indices evenly over so many elements."""
+    places = _kept_places.get((elements, count, device))
+    if places is None:
+        places = torch.linspace(0, elements - 1, count, dtype=torch.double, device="cpu").long().to(device)
+        if type(places) is Tensor and len(_kept_places) < 256:  # and nothing of a mode that is on
+            _kept_places[elements, count, device] = places
+    return places
 
 
 def rows(digests: Sequence[Digest]) -> Tensor:
     """Each digest as ``ROW`` numbers: what the tensor is, its margin, its samples, and where they are few the first of
     them again. Ranks whose rows differ by no more than the margin in any number hold equal tensors."""
-    if not digests:
-        return torch.zeros((0, ROW), dtype=torch.double, device="cpu")
-    heads = [[_mark_of(d.shape, d.dtype), d.tolerance * d.scale] for d in digests]
-    samples = torch.cat([s for d in digests for s in _filled(d.samples)]).view(-1, _SAMPLES)
-    return torch.cat([torch.tensor(heads, dtype=torch.double, device="cpu"), samples], 1)
-
-
-def _filled(samples: Tensor) -> tuple[Tensor, ...]:
-    missing = _SAMPLES - len(samples)
-    if not missing:
-        return (samples,)
-    return (samples, samples[:1].expand(missing)) if len(samples) else (samples.new_zeros(missing),)
+    out = torch.zeros((len(digests), ROW), dtype=torch.double, device="cpu")
+    alike = defaultdict(list)
+    for i, d in enumerate(digests):
+        alike[d.samples.dtype, len(d.samples)].append(i)
+    for (dtype, count), places in alike.items():
+        here = [digests[i] for i in places]
+        numbers = _comparable(torch.stack([d.samples for d in here])).flatten(1)
+        out[places, 0] = torch.tensor([_mark_of(d.shape, str(dtype)) for d in here], dtype=torch.double, device="cpu")
+        if count:
+            out[places, 1] = numbers.abs().amax(1) * _tolerance(dtype)
+            out[places, 2:] = torch.cat([numbers, numbers[:, :1].expand(-1, _SAMPLES - numbers.shape[1])], 1)
+    return out
 
 
 def prove_nothing(rows: Tensor) -> Tensor:
@@ -102,31 +128,3 @@ def mark(value: object) -> int:
 @lru_cache(maxsize=256)
 def _mark_of(shape: tuple[int, ...], dtype: str) -> int:
     return mark((shape, dtype))
-
-
-_kept_places: dict[tuple[int, int, torch.device], Tensor] = {}
-
-
-def _places(elements: int, count: int, device: torch.device) -> Tensor:
-    """``count`` indices evenly over so many elements."""
-    places = _kept_places.get((elements, count, device))
-    if places is None:
-        places = torch.linspace(0, elements - 1, count, dtype=torch.double, device="cpu").long().to(device)
-        if type(places) is Tensor and len(_kept_places) < 256:  # and nothing of a mode that is on
-            _kept_places[elements, count, device] = places
-    return places
-
-
-def digest(tensor: Tensor) -> Digest:
-    tensor = local(tensor)
-    flat, elements = tensor.flatten(), tensor.numel()
-    count = min(_SAMPLES // 2 if tensor.is_complex() else _SAMPLES, elements)  # complex elements are two numbers
-    some = flat if count == elements else flat[_places(elements, count, flat.device)]
-    samples = _comparable(some).flatten().cpu()
-    return Digest(
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype),
-        samples=samples,
-        scale=float(samples.abs().max()) if elements else 0.0,
-        tolerance=_tolerance(tensor.dtype),
-    )

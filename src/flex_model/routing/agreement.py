@@ -27,7 +27,7 @@ __all__ = ["settle", "settle_alone"]
 
 Key = TypeVar("Key")
 Shape = tuple[int, ...]
-_UNSAID = Digest((), "", torch.empty(0, dtype=torch.double), 0.0, 0.0)
+_UNSAID = Digest((), torch.empty(0, dtype=torch.double))
 
 
 @dataclass(slots=True)
