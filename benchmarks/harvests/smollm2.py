@@ -16,6 +16,7 @@ from harvests.given import batches, load
 
 WORLDS = {"tp": 3, "fsdp": 2}
 SHORT = 10_000  # tokens of the run whose memory the long one's is compared with
+SMALL = (2, 25)  # batches whose traffic is counted
 
 
 # -- cells -----------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def traffic(*, model: str, axis: str, path: str, samples: int, length: int, steps: list[int]) -> Any:
+def traffic(*, model: str, axis: str, path: str, steps: list[int]) -> Any:
     """Calls and bytes of so many forwards, and of harvests of as many steps: ``[[alone, harvest], ...]``."""
     import torch.distributed as dist
 
@@ -86,7 +87,7 @@ def traffic(*, model: str, axis: str, path: str, samples: int, length: int, step
     rank, parts = (dist.get_rank(), dist.get_world_size()) if axis == "fsdp" else (0, 1)
     found = []
     for number in steps:
-        data = batches(number * samples * length, samples, length)
+        data = batches(number * SMALL[0] * SMALL[1], *SMALL)
         with Payload() as alone, torch.no_grad():
             for batch in data:
                 split(input_ids=batch["input_ids"].tensor_split(parts)[rank], use_cache=False)
@@ -119,7 +120,7 @@ def report(options: Any) -> list[str]:
         rate = f"{long[0]['rows'] / long[0]['wall']:,.0f}"
         rows.append([f"{axis.upper()} over {ranks}", rate, f"{most:.1e} ({site})", "equal"])
         memory += [_memory(axis, rank, a, b) for rank, (a, b) in enumerate(zip(short, long, strict=True))]
-        messages += _messages(axis, ranks, str(folder / f"{axis}-traffic"), given)
+        messages += _messages(axis, ranks, str(folder / f"{axis}-traffic"), options.model)
         for path in folder.glob(f"{axis}-*"):
             shutil.rmtree(path)
     shutil.rmtree(want)
@@ -136,8 +137,10 @@ def report(options: Any) -> list[str]:
         "the kernel's high-water mark, which is set back once the model is loaded; and what is left afterwards.",
         "",
         *table([head, *memory]),
-        "What the first rank puts into operations of the process group, forwards alone and harvests of as many steps "
-        "with `stop=False`. What the harvest adds are messages by which ranks agree:",
+        f"What the first rank puts into operations of the process group, in forwards of {SMALL[0]} x {SMALL[1]} tokens "
+        f"alone and in harvests of as many steps with `stop=False`. What a harvest adds are messages by which ranks "
+        f"agree; the first one of a model also finds its layouts, under FSDP by one more forward, and compares samples "
+        f"of values that ranks should hold alike.",
         "",
         *table([["ranks", "steps", "forwards: operations, MiB", "added by the harvest", "each"], *messages]),
     ]
@@ -150,9 +153,9 @@ def _memory(axis: str, rank: int, short: dict[str, float], long: dict[str, float
     return [f"{axis.upper()} {rank}", *(f"{size:,.0f}" for size in shown), more, f"{long['after']:,.0f}"]
 
 
-def _messages(axis: str, ranks: int, path: str, given: dict[str, Any]) -> list[list[Any]]:
+def _messages(axis: str, ranks: int, path: str, model: str) -> list[list[Any]]:
     steps = [4, 8, 16]
-    told = cell("smollm2", "traffic", ranks=ranks, axis=axis, path=path, steps=steps, **given)[0]
+    told = cell("smollm2", "traffic", ranks=ranks, axis=axis, path=path, steps=steps, model=model)[0]
     rows = []
     for number, (alone, harvest) in zip(steps, told, strict=True):
         calls = {n: harvest["calls"][n] - alone["calls"].get(n, 0) for n in harvest["calls"]}
