@@ -32,6 +32,19 @@ def harvested(*, model: str, axis: str | None, path: str, tokens: int, samples: 
     return took | {"rows": done.rows, "sites": len(done.sites), "bytes": done.bytes}
 
 
+def alone(*, model: str, axis: str, samples: int, length: int) -> Any:
+    """What a few forwards took on this rank, without a harvest and all but without logits, which it does not make."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    split = load(model, axis=axis)
+    rank, parts = (dist.get_rank(), dist.get_world_size()) if axis == "fsdp" else (0, 1)
+    with measured() as took, torch.no_grad():
+        for batch in batches(3 * samples * length, samples, length):
+            split(input_ids=batch["input_ids"].tensor_split(parts)[rank], use_cache=False, logits_to_keep=1)
+    return took
+
+
 def compared(*, want: str, found: str) -> Any:
     """``{site: relative error}`` of one store's rows from another's, and whether the side columns are equal."""
     from flex_model.store import ActivationStore
@@ -113,19 +126,27 @@ def report(options: Any) -> list[str]:
             cell("smollm2", "harvested", ranks=ranks, axis=axis, path=str(folder / f"{axis}-{n}"), tokens=n, **given)
             for n in (min(SHORT, options.tokens // 2), options.tokens)
         )
+        forwards = cell("smollm2", "alone", ranks=ranks, axis=axis, **given)
         found = str(folder / f"{axis}-{options.tokens}")
         (same,) = cell("smollm2", "compared", want=str(want), found=found)
         site, most = max(same["errors"].items(), key=lambda pair: pair[1])
         assert same["ordered"] and most < 1e-4, (site, most)
         rate = f"{long[0]['rows'] / long[0]['wall']:,.0f}"
         rows.append([f"{axis.upper()} over {ranks}", rate, f"{most:.1e} ({site})", "equal"])
-        memory += [_memory(axis, rank, a, b) for rank, (a, b) in enumerate(zip(short, long, strict=True))]
+        memory += [_memory(axis, rank, *runs) for rank, runs in enumerate(zip(forwards, short, long, strict=True))]
         messages += _messages(axis, ranks, str(folder / f"{axis}-traffic"), options.model)
         for path in folder.glob(f"{axis}-*"):
             shutil.rmtree(path)
     shutil.rmtree(want)
     sizes = (min(SHORT, options.tokens // 2), options.tokens)
-    head = ["rank", "before", *(f"most, {n:,} tokens" for n in sizes), "difference", f"after {sizes[1]:,} tokens"]
+    head = [
+        "rank",
+        "before",
+        "most, forwards alone",
+        *(f"most, {n:,} tokens" for n in sizes),
+        "difference",
+        f"after {sizes[1]:,} tokens",
+    ]
     return [
         "Split over processes",
         f"{options.model_name}, all {one['sites']} residual sites of {one['rows']:,} tokens in float32, "
@@ -146,9 +167,9 @@ def report(options: Any) -> list[str]:
     ]
 
 
-def _memory(axis: str, rank: int, short: dict[str, float], long: dict[str, float]) -> list[str]:
+def _memory(axis: str, rank: int, alone: Any, short: Any, long: Any) -> list[str]:
     """MiB."""
-    shown = [long["before"], short["peak"], long["peak"]]
+    shown = [long["before"], alone["peak"], short["peak"], long["peak"]]
     more = f"{long['peak'] - short['peak']:+,.0f}"
     return [f"{axis.upper()} {rank}", *(f"{size:,.0f}" for size in shown), more, f"{long['after']:,.0f}"]
 
