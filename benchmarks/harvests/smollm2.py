@@ -1,22 +1,18 @@
-"""Part ``smollm2``: the rows of a split model, the memory of its ranks, and what goes from rank to rank."""
+"""Part ``smollm2``: the rows of a split model, and the memory of its ranks."""
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from harvests.cells import cell, measured, table
 from harvests.given import batches, load
 
 WORLDS = {"tp": 3, "fsdp": 2}
 SHORT = 10_000  # tokens of the run whose memory the long one's is compared with
-SMALL = (2, 25)  # batches whose traffic is counted
 
 
 # -- cells -----------------------------------------------------------------------------------------------------
@@ -64,52 +60,6 @@ def _pieces(rows: int) -> list[slice]:
     return [slice(start, start + 4096) for start in range(0, rows, 4096)]
 
 
-class Payload(TorchDispatchMode):
-    """Operations of torch.distributed on this rank, and the bytes that it puts into them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2].rstrip("_")
-        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
-            names = [a.name for a in func._schema.arguments]
-            given = [value for at, value in zip(names, args, strict=False) if not at.startswith("out")]
-            self.calls[name] += 1
-            self.bytes[name] += sum(t.nbytes for value in given for t in _tensors(value))
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, list | tuple):
-        return [t for one in value for t in _tensors(one)]
-    return [value] if isinstance(value, Tensor) else []
-
-
-def traffic(*, model: str, axis: str, path: str, steps: list[int]) -> Any:
-    """Calls and bytes of so many forwards, and of harvests of as many steps: ``[[alone, harvest], ...]``."""
-    import torch.distributed as dist
-
-    from flex_model import FlexModel
-
-    torch.set_num_threads(1)
-    split = load(model, axis=axis)
-    fm = FlexModel(split)
-    rank, parts = (dist.get_rank(), dist.get_world_size()) if axis == "fsdp" else (0, 1)
-    found = []
-    for number in steps:
-        data = batches(number * SMALL[0] * SMALL[1], *SMALL)
-        with Payload() as alone, torch.no_grad():
-            for batch in data:
-                split(input_ids=batch["input_ids"].tensor_split(parts)[rank], use_cache=False)
-        with Payload() as harvest:
-            fm.harvest(data, fm.at("resid_post"), f"{path}-{number}", stop=False)
-        found.append([{"calls": dict(p.calls), "bytes": dict(p.bytes)} for p in (alone, harvest)])
-    return found
-
-
 # -- the page --------------------------------------------------------------------------------------------------
 def report(options: Any) -> list[str]:
     if options.model is None:
@@ -120,7 +70,6 @@ def report(options: Any) -> list[str]:
     (one,) = cell("smollm2", "harvested", axis=None, path=str(want), tokens=options.tokens, **given)
     rows, memory = [["ranks", "tokens/s", "largest relative error", "side columns"]], []
     rows.append(["one process", f"{one['rows'] / one['wall']:,.0f}", "", ""])
-    messages: list[list[Any]] = []
     for axis, ranks in WORLDS.items():
         short, long = (
             cell("smollm2", "harvested", ranks=ranks, axis=axis, path=str(folder / f"{axis}-{n}"), tokens=n, **given)
@@ -134,7 +83,6 @@ def report(options: Any) -> list[str]:
         rate = f"{long[0]['rows'] / long[0]['wall']:,.0f}"
         rows.append([f"{axis.upper()} over {ranks}", rate, f"{most:.1e} ({site})", "equal"])
         memory += [_memory(axis, rank, *runs) for rank, runs in enumerate(zip(forwards, short, long, strict=True))]
-        messages += _messages(axis, ranks, str(folder / f"{axis}-traffic"), options.model)
         for path in folder.glob(f"{axis}-*"):
             shutil.rmtree(path)
     shutil.rmtree(want)
@@ -158,12 +106,6 @@ def report(options: Any) -> list[str]:
         "the kernel's high-water mark, which is set back once the model is loaded; and what is left afterwards.",
         "",
         *table([head, *memory]),
-        f"What the first rank puts into operations of the process group, in forwards of {SMALL[0]} x {SMALL[1]} tokens "
-        f"alone and in harvests of as many steps with `stop=False`. What a harvest adds are messages by which ranks "
-        f"agree; the first one of a model also finds its layouts, under FSDP by one more forward, and compares samples "
-        f"of values that ranks should hold alike.",
-        "",
-        *table([["ranks", "steps", "forwards: operations, MiB", "added by the harvest", "each"], *messages]),
     ]
 
 
@@ -172,17 +114,3 @@ def _memory(axis: str, rank: int, alone: Any, short: Any, long: Any) -> list[str
     shown = [long["before"], alone["peak"], short["peak"], long["peak"]]
     more = f"{long['peak'] - short['peak']:+,.0f}"
     return [f"{axis.upper()} {rank}", *(f"{size:,.0f}" for size in shown), more, f"{long['after']:,.0f}"]
-
-
-def _messages(axis: str, ranks: int, path: str, model: str) -> list[list[Any]]:
-    steps = [4, 8, 16]
-    told = cell("smollm2", "traffic", ranks=ranks, axis=axis, path=path, steps=steps, model=model)[0]
-    rows = []
-    for number, (alone, harvest) in zip(steps, told, strict=True):
-        calls = {n: harvest["calls"][n] - alone["calls"].get(n, 0) for n in harvest["calls"]}
-        size = {n: harvest["bytes"][n] - alone["bytes"].get(n, 0) for n in harvest["calls"]}
-        forwards = f"{sum(alone['calls'].values()):,}, {sum(alone['bytes'].values()) / 2**20:,.0f}"
-        added = f"{sum(calls.values()):,} operations, {sum(size.values()):,} bytes"
-        each = "; ".join(f"{n} {c}: {size[n]:,}" for n, c in calls.items() if c or size[n])
-        rows.append([f"{axis.upper()} over {ranks}", number, forwards, added, each])
-    return rows
