@@ -73,7 +73,7 @@ def report(options: Any) -> list[str]:
         f"{options.model_name}, all residual sites: what the first rank puts into operations of the process group in "
         f"forwards of {SAMPLES} x {LENGTH} tokens alone, and what harvests of as many steps add with `stop=False`. "
         f"These are messages by which ranks agree; the first harvest of a model also finds its layouts, under FSDP by "
-        f"one more forward, and compares digests of values that ranks should hold alike.",
+        f"forwards of its own, and compares digests of values that ranks should hold alike.",
         "",
         *table([["ranks", "steps", "forwards: operations, MiB", "added by the harvest", "of these"], *rows]),
     ]
