@@ -106,6 +106,20 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class CountKernels(TorchDispatchMode):
+    """How often each operator is asked of torch on meta tensors alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[Any, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if tensors and all(t.is_meta for t in tensors):
+            self.asked[func] = self.asked.get(func, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def python_memory() -> Iterator[list[int]]:
     """The most that Python objects made in the block took together."""

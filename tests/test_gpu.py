@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import context
@@ -14,6 +15,7 @@ import parity
 import pytest
 import test_edits_gradients
 import test_faults
+import test_harvest
 import torch
 import torch.distributed as dist
 from gpus import needs_gpu, run_faulty_gpus, run_gpus
@@ -322,3 +324,56 @@ def _offloaded() -> list[str]:
 
 def test_a_model_partly_on_the_host() -> None:
     assert run_gpus(1, _offloaded) == [[]]
+
+
+# -- harvests ----------------------------------------------------------------------------------------------------
+SITES = ["layers.0", "layers.1.mlp.act", "norm"]
+
+
+def _harvested(engine: str, path: Path) -> list[str]:
+    """What differs from plain hooks on one process's CPU."""
+    plain = models.net().to("cuda")
+    placed = plain if engine == "none" else engines.place(engine, plain).model
+    fm = FlexModel(placed)
+    fm.harvest(test_harvest.of_engine(engine), SITES, path / "acts", exclude_tokens=(5,), commit_every=2)
+    fm.harvest(test_harvest.of_engine(engine), SITES, path / "cast", exclude_tokens=(5,), dtype="bfloat16")
+    if dist.is_initialized():
+        dist.barrier()
+    keep = {"exclude": (5,)}
+    want = test_harvest.by_hand(
+        models.net(), test_harvest.of_engine(engine), SITES, lambda b: test_harvest.kept(b["ids"], **keep)
+    )
+    wrong = test_harvest.differences(path / "acts", want)
+    cast = {name: rows.bfloat16().float() for name, rows in want.items()}
+    return wrong + test_harvest.differences(path / "cast", cast, 1e-2)
+
+
+@pytest.mark.parametrize("engine", ["none", "ddp", "fsdp2", "tp", "sp"])
+def test_harvest_of_a_gpu(engine: str, tmp_path: Path) -> None:
+    ranks = 1 if engine == "none" else 2
+    assert run_gpus(ranks, _harvested, engine, tmp_path) == [[]] * ranks
+
+
+def _harvest_waits_for_nothing(path: Path) -> str:
+    """A step's forward, and what is taken from it, wait for nothing on the device once layouts are known."""
+    dist.destroy_process_group()
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4))).to("cuda")
+    fm, data = FlexModel(model), [torch.randn(1024, 512, device="cuda") for _ in range(6)]
+
+    def forward(x: Tensor) -> None:
+        steps.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 1 else "default")
+        try:
+            fm(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    steps: list[int] = []
+    fm.harvest(data, ["0", "2"], path / "acts", forward=forward, dtype="bfloat16")
+    with torch.no_grad():
+        want = torch.cat([model[0](x) for x in data]).bfloat16().cpu()
+    return "" if torch.equal(fm.harvest(data, ["0", "2"], path / "acts").store["0"].torch(), want) else "rows differ"
+
+
+def test_a_harvest_waits_for_nothing_in_a_forward(tmp_path: Path) -> None:
+    assert run_gpus(1, _harvest_waits_for_nothing, tmp_path) == [""]

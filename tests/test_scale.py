@@ -12,7 +12,18 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from fake_world import AXES, CountCollectives, Deep, Moved, fake_world, inputs, mesh_of, python_memory, spread
+from fake_world import (
+    AXES,
+    CountCollectives,
+    CountKernels,
+    Deep,
+    Moved,
+    fake_world,
+    inputs,
+    mesh_of,
+    python_memory,
+    spread,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -21,6 +32,7 @@ from worlds import run_world
 from flex_model import FlexModel
 from flex_model.errors import LayoutError
 from flex_model.layout.mesh import Axis, ModelMesh
+from flex_model.layout.meta_results import makes_new
 from flex_model.routing.delivery import Buffers, Item, deliver, exchange_shapes
 
 LAYERS, LOCAL, LENGTH, BATCH = 20, 12, 3, 2
@@ -63,6 +75,26 @@ def test_inference_does_not_grow_with_the_number_of_ranks() -> None:
     print("collectives, bytes and Python memory by ranks:", moved, memory)
     assert moved[1024] == moved[32]
     assert memory[1024] < 1.2 * memory[32]
+
+
+def test_inference_of_many_equal_layers() -> None:
+    """What sites share is made once: no kernel of torch's is asked again for another layer, and no layout is made."""
+    asked, layouts, kept = {}, {}, {}
+    for layers in (LAYERS, 2 * LAYERS):
+        with fake_world(32, 1), torch.no_grad():
+            mesh = mesh_of((2,) * 5)
+            fm = FlexModel(spread(Deep(layers, LOCAL * 2), mesh), mesh=mesh)
+            fm._runtime.mesh.prepare()
+            with fm.capture("table", "layers.*", deliver="main"), CountKernels() as kernels:
+                fm(*inputs(mesh, BATCH, LENGTH))
+            found = fm._runtime.inference.known
+            assert len(found) == layers + 1 and not any(row.refusal for row in fm.plan())
+            asked[layers] = {func: n for func, n in kernels.asked.items() if makes_new(func)}
+            layouts[layers] = len({id(layout) for layout in found.values()})
+            kept[layers] = len({id(p) for layout in found.values() for p in layout.placements})
+    assert asked[LAYERS] == asked[2 * LAYERS] and asked[LAYERS]
+    assert layouts == {LAYERS: 3, 2 * LAYERS: 3}  # of the table and of two kinds of layers
+    assert kept[LAYERS] == kept[2 * LAYERS]
 
 
 @pytest.mark.parametrize("way", ["main", "all"])

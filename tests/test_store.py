@@ -304,3 +304,18 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     new.commit(1)
     new.close()
     check_equal(tmp_path / "acts", expected(2, 1))
+
+
+def test_statistics_that_were_summed_elsewhere(tmp_path: Path) -> None:
+    """By rows and by sums, in any order, they are those of all rows."""
+    rows = torch.randn(40, 6, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 1, 1, 1]) + torch.arange(6) * 100
+    rows = rows.float()
+    with StoreWriter.create(tmp_path / "acts", sites={"x": StoredSite((6,), "float32")}) as writer:
+        for step, some in enumerate(rows.split(10)):
+            wide = some.double()
+            sums = {} if step % 2 == 0 else {"x": torch.stack([wide.sum(0), wide.square().sum(0)])}
+            writer.append(step, {"x": some}, sums=sums)
+        writer.commit(3)
+    store = ActivationStore(tmp_path / "acts")
+    assert torch.allclose(store["x"].mean, rows.double().mean(0), rtol=1e-9)
+    assert torch.allclose(store["x"].std, rows.double().std(0, correction=0), rtol=1e-6)

@@ -117,7 +117,7 @@ def replace_leaves(value: Any, new: dict[int, Tensor]) -> Any:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    return [leaf.tensor for leaf in find_leaves(value)]
+    return [value] if isinstance(value, Tensor) else [leaf.tensor for leaf in find_leaves(value)]
 
 
 def first_tensor(value: Any) -> Tensor | None:

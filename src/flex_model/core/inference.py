@@ -109,6 +109,7 @@ class Inference:
         """Whether a wanted value (name, side, index, gradient) was never looked for in a call of this kind."""
         return bool(self._probes or self.mesh.axes) and any((self._kind, *key) not in self._probed for key in wanted)
 
+    @uncollected()
     def begin(
         self,
         module: nn.Module,
@@ -240,17 +241,21 @@ class Inference:
 
     def _ruled(self, module: nn.Module, spot: Spot, dims: int) -> dict[int, tuple[Placement, str]]:
         """What the engines' rules for their own layers say."""
-        mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
         ruled = self.engines.placements(module, spot.side, spot.index, dims)
+        mine = self._mine
         return {mine[line]: (_positive(p, dims), "the engine's rule") for line, p in ruled.items() if line in mine}
 
     @cached_property
     def _sharding(self) -> frozenset[tuple[int, ...]]:
         return self.engines.sharding
 
+    @cached_property
+    def _mine(self) -> dict[tuple[int, ...], int]:
+        """The mesh's axes by this rank's lines along them."""
+        return {a.ranks: i for i, a in enumerate(self.mesh.axes)}
+
     def _on_axes(self, lines: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-        mine = {a.ranks: i for i, a in enumerate(self.mesh.axes)}
-        return tuple(mine[line] for line in lines if line in mine)
+        return tuple(self._mine[line] for line in lines if line in self._mine)
 
     def _twin_shapes(self, module: nn.Module, key: Key, index: int, stated: Mapping[int, Any]) -> dict[str, Any]:
         undecided = [i for i, a in enumerate(self.mesh.axes) if a.kind == "tensor" and i not in stated]
@@ -348,7 +353,7 @@ class Inference:
 
 
 def _any_firing(form: Form) -> Form:
-    return form._replace(spot=form.spot._replace(occurrence=0))
+    return form if form.spot.occurrence == 0 else form._replace(spot=form.spot._replace(occurrence=0))
 
 
 def _alike(a: Layout | LayoutError | None, b: Layout | LayoutError) -> bool:

@@ -253,6 +253,8 @@ class Outbox:
         return taken
 
     def deliver(self, items: list[Item], keep: Callable[[Tensor], Tensor] | None = None) -> None:
+        if not items:
+            return
         copies = self.runtime.copies
         copies.wait()  # what is finished here is read
         with torch.inference_mode(False):

@@ -326,8 +326,9 @@ class Runtime:
         if self.installed.stale:
             self.installed.put_on()
         if not self.whole.axes:
-            self.copies.wait()
-            fast.put_all(call.staged)
+            if call.staged:
+                self.copies.wait()
+                fast.put_all(call.staged)
         elif call.place is not None:
             self.steps.keep(call)
         else:

@@ -45,13 +45,13 @@ class DTensorEngine(Engine):
 
     @property
     def sharding(self) -> frozenset[tuple[int, ...]]:
-        seen: dict[DeviceMesh, set[int]] = {}
+        seen: dict[int, tuple[DeviceMesh, set[int]]] = {}  # by id: meshes are compared in Python
         for parameter in self.module.parameters():
             spec = sharding(parameter)
             if spec is not None:
-                dims = {i for i, p in enumerate(spec.placements) if shard_dim(p) is not None}
-                seen.setdefault(spec.mesh, set()).update(dims)
-        return frozenset(axes_of_mesh(mesh, "tensor", "tp")[i].ranks for mesh, dims in seen.items() for i in dims)
+                _, dims = seen.setdefault(id(spec.mesh), (spec.mesh, set()))
+                dims.update(i for i, p in enumerate(spec.placements) if shard_dim(p) is not None)
+        return frozenset(axes_of_mesh(mesh, "tensor", "tp")[i].ranks for mesh, dims in seen.values() for i in dims)
 
     def order(self, module: nn.Module, side: str, dim: int, size: int) -> int | str | None:
         if dim != -1:

@@ -20,8 +20,8 @@ def fused_beside(root: nn.Module, outputs: Callable[[Tensor], tuple[int, bool] |
     fused: list[tuple[str, int]] = []
     for name, module in named.items():
         container = name.rpartition(".")[0]
-        for parameter in module.parameters(recurse=False):
-            found = outputs(parameter)
+        for parameter in module._parameters.values():
+            found = None if parameter is None else outputs(parameter)
             if found is None:
                 continue
             size, several = found

@@ -144,6 +144,7 @@ class _Loop:
     def _open(self) -> None:
         run = self.run
         self.writing.open(run.sites, run.columns, self.about, new=self.new)
+        run.taking.memory = self.writing.memory
         self.meter.row_bytes = sum(site.row_bytes for site in run.sites.values())
 
     def _pause(self, number: int, loader: Loader, seconds: float) -> None:

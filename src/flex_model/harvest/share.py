@@ -230,9 +230,9 @@ class Share:
         return my_part(numbers, on_dim(placement, inside), sizes, self.mesh.coordinate[axis])
 
     # -- a value -----------------------------------------------------------------------------------------------
-    def rows(self, local: Tensor, index: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-        """Of this rank's shard, for each of ``columns``: those rows of its tokens, ``(rows, columns)``; new memory or
-        the shard's own."""
+    def rows(self, local: Tensor) -> list[Tensor]:
+        """All rows of this rank's shard, ``(rows, columns)``, for each of ``columns``; in the shard's own memory where
+        that can be."""
         for axis in self._sums:
             local = self._sum(local, axis)
         if not self.columns:
@@ -247,9 +247,7 @@ class Share:
                 f"in the first step; harvest sites whose rows are of one size.",
                 page="harvest-rows",
             )
-        if index is not None:
-            flat = flat.index_select(0, index)
-        return [flat[:, columns].to(dtype) for columns, _ in self.columns]
+        return [flat[:, columns] for columns, _ in self.columns]
 
     def _sum(self, local: Tensor, axis: int) -> Tensor:
         mesh, last = self.mesh.axis_mesh(axis, local.device.type), local.dim() - 1

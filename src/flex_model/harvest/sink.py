@@ -22,14 +22,30 @@ _PARTS = 2**32  # of one data-parallel rank with batches of its own
 _NARROW = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some columns of a site's rows, from the ``start``-th on. ``sums``: of each column the numbers and their squares,
+    (2, columns) in float64, where they were made on a device."""
+
+    rows: Tensor
+    start: int
+    sums: Tensor | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether no number was lost in a narrower dtype."""
+        if self.rows.dtype not in _NARROW:
+            return True
+        return bool((self.rows.float() if self.sums is None else self.sums).isfinite().all())
+
+
 @dataclass(slots=True)
 class Step:
-    """One step of one rank. ``parts``: of each piece of rows, its place in the step and their number, by the positions
-    that a shard holds; ``values``: of each site what is written, and the first column of each."""
+    """One step of one rank. ``parts``: of each site's rows, their places in the step and their numbers."""
 
     number: int
     batch: Batch
-    values: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    values: dict[str, list[Piece]] = field(default_factory=dict)
     met: set[str] = field(default_factory=set)
     ready: Callable[[], None] = lambda: None
     parts: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
@@ -44,6 +60,7 @@ class Taking:
         self.nothing: dict[str, str] = {}  # {site: what a module gave instead of a tensor}
         self.refused: dict[Any, Exception] = {}
         self.error: FlexModelError | None = None
+        self.memory: Callable[[tuple[int, int], torch.dtype], Tensor] = _new  # on the host
         self._copies, self._dtype = copies, dtype
         self._rank, self._own = rank, own_batches  # among the data-parallel ranks
         self._ways: set[Way] = set()
@@ -105,10 +122,29 @@ class Taking:
         share = self.shares[name]
         index, parts = self.rows_of(share.way, share.positions)
         dtype = local.dtype if self._dtype is None else self._dtype
-        rows = share.rows(local, None if index is None else index.to(local.device), dtype)
-        kept = [self._copies.take(r, torch.device("cpu"), owned=not _shares_memory(r, local)) for r in rows]
-        step.values[name] = [(r, start) for r, (_, start) in zip(kept, share.columns, strict=True)]
+        rows = share.rows(local)
+        keep = self._on_host if local.device.type == "cpu" else self._leaving
+        step.values[name] = [keep(r, start, index, dtype) for r, (_, start) in zip(rows, share.columns, strict=True)]
         step.parts[name] = parts
+
+    def _on_host(self, rows: Tensor, start: int, index: Tensor | None, dtype: torch.dtype) -> Piece:
+        """Chosen, cast and copied at once, into memory that is used again: new memory takes longer than the copy."""
+        count = len(rows) if index is None else len(index)
+        out = self.memory((count, rows.shape[1]), dtype)
+        if index is not None and dtype == rows.dtype:
+            torch.index_select(rows, 0, index, out=out)
+        else:
+            out.copy_(rows if index is None else rows.index_select(0, index))
+        return Piece(out, start)
+
+    def _leaving(self, rows: Tensor, start: int, index: Tensor | None, dtype: torch.dtype) -> Piece:
+        """Chosen, cast and summed where they are, and copied to the host beside the model."""
+        chosen = rows if index is None else rows.index_select(0, index.to(rows.device, non_blocking=True))
+        cast, host = chosen.to(dtype), torch.device("cpu")
+        wide = cast.to(torch.float64 if cast.dtype is torch.float64 else torch.float32)
+        sums = torch.stack([x.sum(0, dtype=torch.float64) for x in (wide, wide * wide)])
+        kept = self._copies.take(cast, host, owned=index is not None or cast is not rows)
+        return Piece(kept, start, self._copies.take(sums, host, owned=True))
 
     def rows_of(
         self, way: Way, positions: Callable[[int | None], Tensor | None]
@@ -150,10 +186,5 @@ class Taking:
         return step
 
 
-def _shares_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
-def unfit(rows: Tensor, dtype: torch.dtype) -> bool:
-    """Whether numbers were lost in a narrower dtype."""
-    return dtype in _NARROW and not bool(rows.float().isfinite().all())
+def _new(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)

@@ -38,7 +38,7 @@ def _rows(run: Run, loader: Loader) -> Iterator[Rows]:
         rows.ready()
         columns = {name: column[rows.batch.keep] for name, column in rows.batch.columns.items()}
         shapes = {name: site.shape for name, site in run.sites.items()}
-        values = {name: pieces[0][0].unflatten(1, shapes[name]) for name, pieces in rows.values.items()}
+        values = {name: pieces[0].rows.unflatten(1, shapes[name]) for name, pieces in rows.values.items()}
         yield {**values, **columns}
 
 

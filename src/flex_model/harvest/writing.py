@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flex_model.errors import HarvestError
-from flex_model.harvest.sink import Step, unfit
+from flex_model.harvest.sink import Step
 from flex_model.harvest.together import Together
 from flex_model.store import ActivationStore, StoredSite, StoreWriter
 from flex_model.store.place import open_place, telling
@@ -112,6 +113,11 @@ class Writing:
                 page="harvest-resume",
             )
 
+    def memory(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """On the host, for rows that are put: it is used again once they are written."""
+        assert self._writer is not None
+        return self._writer.memory(shape, dtype)
+
     # -- steps -------------------------------------------------------------------------------------------------
     def put(self, step: Step, columns: Mapping[str, Tensor], parts: list[tuple[int, int]]) -> None:
         """A step's values. They are handed on when the next step is put: from a device they take a while."""
@@ -129,17 +135,17 @@ class Writing:
         if columns and parts:
             self._writer.append(step.number, {}, part=parts, columns=columns)
         for name, pieces in step.values.items():
-            for rows, start in pieces:
-                if not step.parts[name]:
-                    continue
-                if unfit(rows, rows.dtype):
+            for piece in pieces if step.parts[name] else ():
+                rows, start = piece.rows, piece.start
+                if not piece.fits:
                     raise HarvestError(
                         f"{name!r} has numbers that are not finite in {rows.dtype}, in step {step.number} on rank "
                         f"{self.together.rank}; store it with dtype='bfloat16' or 'float32'.",
                         page="harvest-dtype",
                     )
-                piece = {name: (rows, slice(start, start + rows.shape[1]))}
-                self._writer.append(step.number, piece, part=step.parts[name], owned=True)
+                values = {name: (rows, slice(start, start + rows.shape[1]))}
+                sums = {} if piece.sums is None else {name: piece.sums}
+                self._writer.append(step.number, values, part=step.parts[name], owned=True, sums=sums)
                 self.bytes += rows.nbytes
         self.rows += sum(count for _, count in parts)
 

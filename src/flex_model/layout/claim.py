@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from flex_model.layout.layout import shard_dim
+from flex_model.layout.layout import replicates, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.layout.probe import BatchDim
 from flex_model.layout.sequence import Order
-from flex_model.layout.values import Digest, digest
+from flex_model.layout.values import Digest, digest, interned
 
 __all__ = ["Claim", "Evidence", "claim"]
+
+_REPLICATE = Replicate()
+_Pair = tuple[Placement, str]  # and who says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +72,18 @@ class _Refusal(Exception):
 
 def claim(value: Tensor, evidence: Evidence, mesh: ModelMesh) -> Claim:
     """This rank's claim for the local tensor ``value``."""
-    shape, mark = tuple(value.shape), digest(value)
+    mark = digest(value)
+    shape = mark.shape
     try:
         placements, sources = _placements(shape, evidence, mesh)
     except _Refusal as refusal:
         return Claim(evidence.where, shape, mark, refusal=str(refusal), passing=refusal.passing)
-    full: tuple[int | None, ...] = tuple(None for _ in shape)
+    full: tuple[int | None, ...] = (None,) * len(shape)
     if evidence.twin is not None and len(evidence.twin) == len(shape):
         grow = [found.dim for found in (evidence.batch, evidence.sequence) if found is not None]
         open_dims = {*grow, *([0] if evidence.rows else [])}
-        full = tuple(None if d in open_dims else s for d, s in enumerate(evidence.twin))
-    late = tuple(i for i in evidence.late if isinstance(placements[i], Replicate))
+        full = interned(tuple([None if d in open_dims else s for d, s in enumerate(evidence.twin)]))
+    late = tuple(i for i in evidence.late if replicates(placements[i])) if evidence.late else ()
     return Claim(evidence.where, shape, mark, placements, sources, full, late=late, parted=evidence.parted)
 
 
@@ -87,27 +92,43 @@ def _placements(
 ) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
     if evidence.unknown:
         raise _Refusal(evidence.unknown)
-    chosen: dict[int, tuple[Placement, str]] = dict(evidence.stated)
-    data = [i for i, a in enumerate(mesh.axes) if a.kind == "data" and not a.sequence and i not in chosen]
-    sequence = [i for i, a in enumerate(mesh.axes) if a.sequence and i not in chosen]
-    tensor = [i for i, a in enumerate(mesh.axes) if a.kind == "tensor" and i not in chosen]
+    chosen: dict[int, _Pair] = dict(evidence.stated)
+    data: list[int] = []
+    sequence: list[int] = []
+    tensor: list[int] = []
+    for i, axis in enumerate(mesh.axes):
+        if i not in chosen:
+            (sequence if axis.sequence else data if axis.kind == "data" else tensor).append(i)
     batch_dim = None
     if data:
         batch_dim = _known(evidence.batch, "batch")
-        word = "probe: no batch dim" if batch_dim is None else f"probe: dim {batch_dim} is the batch"
-        for i in data:
-            chosen[i] = (Replicate() if batch_dim is None else Shard(batch_dim), word)
+        chosen.update(dict.fromkeys(data, _along("batch", Shard, batch_dim)))
     for i in sequence:
         chosen[i] = _sequence_placement(evidence, mesh, i)
     if tensor:
-        for i, pair in _tensor_placements(shape, evidence, mesh, tensor, batch_dim).items():
-            chosen[i] = pair
+        chosen.update(_tensor_placements(shape, evidence, mesh, tensor, batch_dim))
     ordered = [chosen[i] for i in range(len(mesh.axes))]
     for placement, source in ordered:
         dim = shard_dim(placement)
         if dim is not None and not 0 <= dim < len(shape):
             raise _Refusal(f"{source} says {placement}, but the value has {len(shape)} dims")
-    return tuple(p for p, _ in ordered), tuple(s for _, s in ordered)
+    return _kept(tuple([(type(p), p, s) for p, s in ordered]))
+
+
+@lru_cache(maxsize=1024)
+def _kept(
+    given: tuple[tuple[type[Placement], Placement, str], ...],
+) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
+    """The same two objects for all sites that lie alike; placements of two types may be equal."""
+    return tuple(p for _, p, _ in given), tuple(s for _, _, s in given)
+
+
+@lru_cache(maxsize=256)
+def _along(word: str, way: Order, dim: int | None) -> _Pair:
+    """Of a probed axis."""
+    if dim is None:
+        return _REPLICATE, f"probe: no {word} dim"
+    return way(dim), f"probe: dim {dim} is the {word}"
 
 
 def _known(found: BatchDim | None, word: str) -> int | None:
@@ -118,26 +139,24 @@ def _known(found: BatchDim | None, word: str) -> int | None:
     return found.dim
 
 
-def _sequence_placement(evidence: Evidence, mesh: ModelMesh, axis: int) -> tuple[Placement, str]:
+def _sequence_placement(evidence: Evidence, mesh: ModelMesh, axis: int) -> _Pair:
     dim, order = _known(evidence.sequence, "sequence"), evidence.sequence_order
-    if dim is None:
-        return Replicate(), "probe: no sequence dim"
-    if isinstance(order, str):
+    if dim is not None and isinstance(order, str):
         name = mesh.names[axis]
         raise _Refusal(
             f"dim {dim} is the sequence, in parts over {name!r}, and their order is unknown: {order}; "
             f"pass layout={{{name!r}: ZigZag({dim})}} (flex_model.ZigZag), or Shard({dim}) for contiguous parts"
         )
-    return order(dim), f"probe: dim {dim} is the sequence"
+    return _along("sequence", Shard if isinstance(order, str) else order, dim)
 
 
 def _tensor_placements(
     shape: tuple[int, ...], evidence: Evidence, mesh: ModelMesh, axes: Sequence[int], batch_dim: int | None
-) -> dict[int, tuple[Placement, str]]:
+) -> dict[int, _Pair]:
     full, word = _full_shape(shape, evidence)
     grown = [d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a != b and not (evidence.rows and d == 0)]
     if not grown:
-        return {i: (Replicate(), word) for i in axes}
+        return dict.fromkeys(axes, (_REPLICATE, word))
     if len(grown) > 1:
         raise _Refusal(f"several dims differ: {shape} here, {full} by the {word}")
     dim = grown[0]
@@ -152,9 +171,7 @@ def _tensor_placements(
     if len(holders) != 1:
         raise _Refusal(f"dim {dim} ({shape[dim]} of {full[dim]}) fits none or several of the tensor axes")
     placement = Shard(dim) if order == 1 else _StridedShard(dim, split_factor=order)
-    out: dict[int, tuple[Placement, str]] = {i: (Replicate(), word) for i in axes}
-    out[holders[0]] = (placement, word)
-    return out
+    return {**dict.fromkeys(axes, (_REPLICATE, word)), holders[0]: (placement, word)}
 
 
 def _grows(dim: int, full: tuple[int, ...], evidence: Evidence) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
@@ -27,16 +28,19 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy. ``memo`` is deepcopy's: {id of an object: what is in its place in the copy}."""
     made = []
     for module in model.modules():
-        if id(module) not in memo and _is_plain(type(module)):
+        if id(module) not in memo and _is_plain(type(module)):  # type: ignore[arg-type]
             memo[id(module)] = module.__class__.__new__(module.__class__)
             made.append(module)
     for module in made:
-        state = ((k, _copied(v, memo)) for k, v in module.__dict__.items() if k != "_compiled_call_impl")
-        memo[id(module)].__dict__.update(state)
+        state = memo[id(module)].__dict__
+        for key, value in module.__dict__.items():
+            if key != "_compiled_call_impl":
+                state[key] = value if type(value) in UNCHANGING else _copied(value, memo)
     out: nn.Module = _copied(model, memo)
     return out
 
 
+@lru_cache(maxsize=1024)
 def _is_plain(cls: type) -> bool:
     """Whether a class says nothing of its own about how it is copied."""
     return all(getattr(cls, how, None) is getattr(nn.Module, how, None) for how in _HOW)
@@ -51,10 +55,14 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if cls is dict or cls is OrderedDict:
         out = memo[id(value)] = cls()
         for key, inner in value.items():
-            out[_copied(key, memo)] = _copied(inner, memo)
+            out[key if type(key) is str else _copied(key, memo)] = _copied(inner, memo)
         return out
     if cls is list:
         items = memo[id(value)] = []
         items += [_copied(inner, memo) for inner in value]
         return items
+    if cls is set:
+        members = memo[id(value)] = set()
+        members.update(_copied(inner, memo) for inner in value)
+        return members
     return copy.deepcopy(value, memo)

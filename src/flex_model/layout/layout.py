@@ -13,7 +13,18 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from flex_model.errors import LayoutError
 from flex_model.layout.mesh import ModelMesh
 
-__all__ = ["Layout", "ZigZag", "fits", "merge_parts", "my_part", "on_dim", "parse_layout", "shard_dim", "split_factor"]
+__all__ = [
+    "Layout",
+    "ZigZag",
+    "fits",
+    "merge_parts",
+    "my_part",
+    "on_dim",
+    "parse_layout",
+    "replicates",
+    "shard_dim",
+    "split_factor",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,15 @@ def shard_dim(placement: Placement) -> int | None:
 @cache
 def _shards(kind: type[Placement]) -> bool:
     return issubclass(kind, (Shard, _StridedShard, ZigZag))  # isinstance asks Python code of torch's each time
+
+
+def replicates(placement: Placement) -> bool:
+    return _replicates(type(placement))  # type: ignore[arg-type]
+
+
+@cache
+def _replicates(kind: type[Placement]) -> bool:
+    return issubclass(kind, Replicate)
 
 
 def on_dim(placement: Placement, dim: int) -> Placement:
@@ -95,7 +115,7 @@ class Layout:
     @property
     def moving_axes(self) -> tuple[int, ...]:
         """Axes over which data must move to make the value full."""
-        return tuple(i for i, p in enumerate(self.placements) if not isinstance(p, Replicate))
+        return tuple(i for i, p in enumerate(self.placements) if not replicates(p))
 
     def with_evidence(self, evidence: str) -> Layout:
         return replace(self, evidence=evidence)

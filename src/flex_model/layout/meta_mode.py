@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flex_model.layout.meta_results import Results, makes_new
 from flex_model.layout.moves import Trace
 
 __all__ = ["IntegersAreReal", "nonzero_is_full"]
@@ -33,36 +35,36 @@ class IntegersAreReal(TorchDispatchMode):
     def __init__(self, trace: Trace | None) -> None:
         super().__init__()
         self._trace = trace
+        self._results = Results()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled in here, and torch's wrapper that says so takes as long as an operator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
         tensors = _tensors_of(args, kwargs)
         result = self._run(func, args, kwargs, tensors)
         if self._trace is not None:
             self._trace.note(func, args, tensors, result)
         return result
 
-    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-        on_meta = any(t.is_meta for t in tensors)
-        if on_meta and func.namespace == "c10d":
-            return _unsent(func, args)
-        if on_meta and func in _SUBSTITUTES:
-            return _SUBSTITUTES[func](*args, **kwargs)
-        if func in _ELEMENT_BY_ELEMENT and _of_one_form(*args) and args[0].is_floating_point():
-            return torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any] | None, tensors: list[Tensor]) -> Any:
+        real = [t for t in tensors if not t.is_meta]
+        on_meta = len(real) < len(tensors)
+        instead, remembered = _how(func)
+        if on_meta and instead is not None:
+            return instead(*args, **(kwargs or {}))
         if func is aten.histc.default and not args[0].is_floating_point():
             args = (args[0].float(), *args[1:])
-        if kwargs.get("device") is not None:
-            kwargs["device"] = self._device(func, args, kwargs, tensors)
-        if on_meta and not all(t.is_meta for t in tensors):
-            args, kwargs = pytree.tree_map_only(Tensor, _to_meta, (args, kwargs))
+        if kwargs and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": self._device(func, args, kwargs, tensors)}
+        if on_meta and real:
+            args, kwargs = pytree.tree_map_only(Tensor, _to_meta, (args, kwargs or {}))
             if kwargs.get("device") is not None:
                 kwargs["device"] = torch.device("meta")
-        return func(*args, **kwargs)
+        if on_meta and remembered:
+            return self._results.of(func, args, kwargs)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     @staticmethod
     def _device(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> torch.device:
@@ -84,18 +86,18 @@ def _scalar(tensor: Tensor) -> object:
     return True if tensor.dtype == torch.bool else 1
 
 
-def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+def _tensors_of(args: Any, kwargs: dict[str, Any] | None) -> list[Tensor]:
     """The tensors an operator is given, by themselves or in lists; pytree would take longer than the operator."""
     out = []
-    for given in (*args, *kwargs.values()):
+    for given in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(given, Tensor):
             out.append(given)
-        elif isinstance(given, (list, tuple)):
+        elif isinstance(given, (list, tuple)) and given and type(given[0]) is not int:  # a shape
             out += [t for t in given if isinstance(t, Tensor)]
     return out
 
 
-def _unsent(func: Any, args: Any) -> Any:
+def _unsent(func: Any, *args: Any, **_: Any) -> Any:
     """A collective into tensors that are there already has nothing to bring but its shapes."""
     from torch._C._distributed_c10d import FakeWork
 
@@ -114,33 +116,18 @@ def _grouped_mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> Tensor:  # the meta
     return torch.empty((*lead, a.shape[-2], b.shape[-1]), dtype=a.dtype, device="meta")
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:  # the meta kernel is Python, and most of a run
-    if a.shape[1] != b.shape[0]:
-        return aten.mm.default(a, b)  # type: ignore[no-any-return]  # says so
-    return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
-
-
-def _of_one_form(a: Any, b: Any) -> bool:
-    """Whether an operator on these two has nothing to decide: torch's meta kernels are Python and look at much."""
-    return (
-        isinstance(a, Tensor)
-        and isinstance(b, Tensor)
-        and a.is_meta
-        and b.is_meta
-        and a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.is_contiguous()
-        and b.is_contiguous()
-    )
-
-
-_ELEMENT_BY_ELEMENT = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
-    aten.mm.default: _mm,
     aten._local_scalar_dense.default: _scalar,
     aten.nonzero.default: _nonzero,
     aten._grouped_mm.default: _grouped_mm,
 }
+
+
+@cache
+def _how(func: Any) -> tuple[Callable[..., Any] | None, bool]:
+    """What an operator is replaced by on meta tensors, and whether what it makes of them is remembered."""
+    instead = partial(_unsent, func) if func.namespace == "c10d" else _SUBSTITUTES.get(func)
+    return instead, makes_new(func)
 
 
 @contextmanager

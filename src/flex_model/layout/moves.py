@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache, lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ _VIEWS = frozenset(
     }
 )
 _Shape = tuple[int, ...]
-_Blocks = Fraction | None  # None: nobody knows
+_Blocks = Fraction | int | None  # None: nobody knows
 
 
 class _Step(NamedTuple):
@@ -47,6 +48,12 @@ class _Step(NamedTuple):
     repeats: _Shape = ()
 
 
+@cache
+def _kind(func: Any) -> tuple[bool, bool, bool]:
+    """Whether an operator only gives a tensor another shape, makes a view of it, and takes part in what follows."""
+    return func in _VIEWS, bool(getattr(func, "is_view", False)), func in (aten.cat.default, aten.repeat.default)
+
+
 class Trace:
     """The operations of one run, and the shape of every tensor in them."""
 
@@ -54,30 +61,40 @@ class Trace:
         self.steps: list[_Step] = []
         self.shapes: list[_Shape] = []
         self.seen_through: dict[int, int] = {}  # a view: what it is a view of
-        self._numbers: dict[int, tuple[int, Tensor]] = {}  # by id, which the tensor held here keeps its own
+        self._numbers: dict[int, int] = {}  # by id
+        self._held: list[Tensor] = []  # so that each keeps its id
 
     def number(self, tensor: Tensor) -> int:
         known = self._numbers.get(id(tensor))
-        if known is None:
-            known = self._numbers[id(tensor)] = (len(self.shapes), tensor)
-            self.shapes.append(tuple(tensor.shape))
-        return known[0]
+        return self._new(tensor) if known is None else known
+
+    def _new(self, tensor: Tensor) -> int:
+        number = self._numbers[id(tensor)] = len(self.shapes)
+        self.shapes.append(tuple(tensor.shape))
+        self._held.append(tensor)
+        return number
 
     def note(self, func: Any, args: Any, took: Sequence[Tensor], result: Any) -> None:
-        view = func in _VIEWS
-        if view and args[0].shape == result.shape:  # such as the result of an autograd function that does nothing
-            self._numbers[id(result)] = (self.number(args[0]), result)
+        reshapes, views, moves = _kind(func)
+        if reshapes and args[0].shape == result.shape:  # such as the result of an autograd function that does nothing
+            self._numbers[id(result)] = self.number(args[0])
+            self._held.append(result)
             return
-        before = tuple(map(self.number, took))
+        before = tuple([self.number(t) for t in took])
         if isinstance(result, Tensor):
             made: tuple[int, ...] = (self.number(result),)
         else:
-            made = tuple(self.number(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
-        if getattr(func, "is_view", False) and before:
-            self.seen_through.update((n, before[0]) for n in made if n != before[0])
+            made = tuple([self.number(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)])
+        if views and before:
+            for n in made:
+                if n != before[0]:
+                    self.seen_through[n] = before[0]
+        if not moves:
+            self.steps.append(_Step(func, before, made, reshapes))
+            return
         joined = (args[1] if len(args) > 1 else 0) if func is aten.cat.default else None
         repeats = tuple(args[1]) if func is aten.repeat.default else ()
-        self.steps.append(_Step(func, before, made, view, joined, repeats))
+        self.steps.append(_Step(func, before, made, reshapes, joined, repeats))
 
 
 def out_of_order(local: Trace, whole: Trace, *, cut: bool = False) -> dict[int, str]:
@@ -93,6 +110,15 @@ def out_of_order(local: Trace, whole: Trace, *, cut: bool = False) -> dict[int, 
     return follower.why
 
 
+@lru_cache(maxsize=4096)
+def _grown_dim(here: _Shape, there: _Shape) -> int | None:
+    """The dim in which a tensor is larger without the other ranks; -1 where several are."""
+    grown = [d for d, (x, y) in enumerate(zip(here, there, strict=False)) if x != y]
+    if not grown and len(here) == len(there):
+        return None
+    return grown[0] if len(grown) == 1 and len(here) == len(there) else -1
+
+
 class _Follower:
     def __init__(self, local: Trace, whole: Trace) -> None:
         self.local, self.whole = local, whole
@@ -104,9 +130,9 @@ class _Follower:
             (n, d) for m, n in zip(here.took, there.took, strict=True) if (d := self._sharded_dim(m, n)) is not None
         ]
         for m, n in zip(here.made, there.made, strict=True):
-            dim = self._sharded_dim(m, n)
             self.blocks.pop(n, None)  # written in place
-            if dim is None or not took:
+            dim = self._sharded_dim(m, n) if took else None
+            if dim is None:
                 continue
             blocks = self._after(there, took, n, dim)
             if blocks != 1:
@@ -123,15 +149,10 @@ class _Follower:
             self.blocks[n], self.why[n] = None, why
 
     def _sharded_dim(self, m: int, n: int) -> int | None:
-        """The dim in which the tensor is larger without the other ranks; -1 where several are."""
-        a, b = self.local.shapes[m], self.whole.shapes[n]
-        grown = [d for d, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
-        if not grown and len(a) == len(b):
-            return None
-        return grown[0] if len(grown) == 1 and len(a) == len(b) else -1
+        return _grown_dim(self.local.shapes[m], self.whole.shapes[n])
 
     def _after(self, step: _Step, took: list[tuple[int, int]], made: int, dim: int) -> _Blocks:
-        known = {self.blocks.get(n, Fraction(1)) for n, _ in took}
+        known = {self.blocks.get(n, 1) for n, _ in took}
         if dim < 0 or len(known) > 1 or None in known or any(d < 0 for _, d in took):
             return None
         blocks = known.pop()
@@ -139,7 +160,8 @@ class _Follower:
         n, before = took[0]
         if step.view:
             outer = prod(self.whole.shapes[n][:before]) * blocks
-            return Fraction(outer, prod(self.whole.shapes[made][:dim]))
+            inner = prod(self.whole.shapes[made][:dim])
+            return 1 if outer == inner else Fraction(outer, inner)
         if step.joined is not None and len(took) > 1 and step.joined % len(self.whole.shapes[made]) == dim:
             return None
         if step.repeats and step.repeats[dim] != 1:

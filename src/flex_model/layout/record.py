@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,21 +30,22 @@ class Key(NamedTuple):
 def recorded(watched: Watched, keep: Callable[[Key, list[Tensor]], Any]) -> Iterator[dict[Key, Any]]:
     """{key: keep(key, tensors in flattening order)} of the watched sides of modules."""
     seen: dict[Key, Any] = {}
-    counts: Counter[tuple[str, str]] = Counter()
+    counts: dict[tuple[str, str], int] = {}
 
-    def note(name: str, side: str, value: Any) -> None:
-        key = Key(name, side, counts[name, side])
-        counts[name, side] += 1
+    def note(place: tuple[str, str], value: Any) -> None:
+        count = counts.get(place, 0)
+        counts[place] = count + 1
+        key = Key(*place, count)
         seen[key] = keep(key, tensors(value))
 
     handles = []
-    for (name, side), module in watched.items():
-        if side == "in":
+    for place, module in watched.items():
+        if place[1] == "in":
             handles.append(
-                module.register_forward_pre_hook(lambda m, a, k, name=name: note(name, "in", (a, k)), with_kwargs=True)
+                module.register_forward_pre_hook(lambda m, a, k, place=place: note(place, (a, k)), with_kwargs=True)
             )
         else:
-            handles.append(module.register_forward_hook(lambda m, a, o, name=name: note(name, "out", o)))
+            handles.append(module.register_forward_hook(lambda m, a, o, place=place: note(place, o)))
     try:
         yield seen
     finally:

@@ -33,6 +33,7 @@ __all__ = ["GlobalShapes", "Opaque", "Shapes", "Twin", "TwinShapes", "global_sha
 
 T = TypeVar("T")
 Shapes = dict[Key, list[tuple[int, ...]]]
+_DICTS = (dict, OrderedDict)
 
 
 @cache
@@ -79,6 +80,7 @@ class _AsItIs:
 
     def __init__(self, engines: Wholeness) -> None:
         self.plain_class = engines.plain_class
+        self._lines: dict[int, tuple[int, int]] = {}  # of a mesh by id: ranks along its last axis, and this one's place
 
     def stand_ins(self) -> dict[int, object]:
         return {}
@@ -88,10 +90,15 @@ class _AsItIs:
         shape = list(parameter.shape if spec is None else spec.shape)
         dim = None if spec is None else shard_dim(spec.placements[-1])  # those before it are of data axes
         if dim is not None:
-            ranks, rank = spec.mesh.size(-1), spec.mesh.get_local_rank(spec.mesh.ndim - 1)
+            ranks, rank = self._line(spec.mesh)
             most = -(-shape[dim] // ranks)
             shape[dim] = max(0, min(most, shape[dim] - rank * most))
         return tuple(shape)
+
+    def _line(self, mesh: DeviceMesh) -> tuple[int, int]:
+        if id(mesh) not in self._lines:
+            self._lines[id(mesh)] = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
+        return self._lines[id(mesh)]
 
 
 GlobalShapes = dict[tuple[int, str], tuple[int, ...]]
@@ -114,29 +121,33 @@ def stripped(
     """The model without hooks, engine state and replaced forwards, for the time of the copy; yields deepcopy's memo."""
     memo: dict[int, Any] = {}
     saved = []
+    modules = list(model.modules())
     try:
-        for module in model.modules():
-            saved.append((module, dict(module.__dict__), module.__class__))
-            for key, value in list(module.__dict__.items()):
+        for module in modules:
+            attributes = module.__dict__
+            before = dict(attributes)
+            saved.append((module, before, module.__class__))
+            for key, value in before.items():
                 kind = type(value)
-                if kind in UNCHANGING or (kind in (dict, OrderedDict) and not value):
+                if kind in UNCHANGING or (kind in _DICTS and not value):
                     continue  # most attributes there are
                 if key.startswith("__composable_api"):
-                    del module.__dict__[key]
+                    del attributes[key]
                 elif key.endswith("_hooks") or "_hooks_" in key:
-                    module.__dict__[key] = type(value)() if value is not None else value
+                    attributes[key] = kind() if value is not None else value
                 elif _is_mesh_state(kind):  # type: ignore[arg-type]
-                    memo[id(value)] = value if kept and _ranks(value) in kept else None  # type: ignore[arg-type]
+                    memo[id(value)] = value if kept and _ranks(value) in kept else None
                 elif isinstance(value, DTensor):
                     memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
-            module.__dict__.pop("forward", None)
+            attributes.pop("forward", None)
             plain = engines.plain_class(module)
             if plain is not None:
                 object.__setattr__(module, "__class__", plain)
         memo.update(engines.stand_ins())
         known = known or {}
-        said = {id(p): known.get((id(m), n)) for m in model.modules() for n, p in m._parameters.items()}
-        for tensor in (*model.parameters(), *model.buffers()):
+        said = {id(p): known.get((id(m), n)) for m in modules for n, p in m._parameters.items()}
+        tensors = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+        for tensor in tensors.values():
             is_parameter = isinstance(tensor, nn.Parameter)
             if not is_parameter and not tensor.is_floating_point():
                 continue
@@ -147,10 +158,10 @@ def stripped(
             memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if is_parameter else blank
         yield memo
     finally:
-        for module, attributes, cls in saved:
+        for module, before, cls in saved:
             object.__setattr__(module, "__class__", cls)
             module.__dict__.clear()
-            module.__dict__.update(attributes)
+            module.__dict__.update(before)
 
 
 @dataclass
@@ -202,7 +213,7 @@ class Twin:
                 once = self._whole(inputs, names, trace)
             except Exception as error:  # it could not be copied
                 return TwinShapes(failure=_told(error))
-            return TwinShapes(once.shapes, twice, once.stopped, self._disordered(inputs, names, once, trace))
+            return TwinShapes(once.shapes, twice, once.stopped, self._disordered(inputs, once, trace))
 
     def _whole(self, inputs: Any, names: Watched, trace: Trace | None = None) -> _Run:
         twin = self._copied()
@@ -224,7 +235,7 @@ class Twin:
         with self._engines.alone():
             return self._forward(twin, inputs, names, recording, None)
 
-    def _disordered(self, inputs: Any, names: Watched, whole: _Run, trace: Trace) -> dict[tuple[Key, int], str]:
+    def _disordered(self, inputs: Any, whole: _Run, trace: Trace) -> dict[tuple[Key, int], str]:
         """Where the model moves elements so that its shards are not in the order of the ranks."""
         with self._engines.mimicked() as mimic:
             if mimic is None:
@@ -234,7 +245,7 @@ class Twin:
                     mine = copied(self._model, memo)
                 mimic.prepare(mine)
                 local = Trace()
-                self._run(mine, inputs, names, local)
+                self._run(mine, inputs, {}, local)
                 why = out_of_order(local, trace, cut=bool(whole.stopped))
             except Exception as error:
                 if not mimic.exact:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ROW", "Digest", "close", "digest", "local", "mark", "same", "sharding"]
+__all__ = ["ROW", "Digest", "close", "digest", "interned", "local", "mark", "prove_nothing", "rows", "same", "sharding"]
 
+T = TypeVar("T")
 _SAMPLES = 256
 ROW = 2 + _SAMPLES
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -53,33 +57,67 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Digest:
-    """A few numbers that equal tensors share: evenly spaced elements and their scale."""
+    """A few numbers that equal tensors share: evenly spaced elements, on the CPU."""
 
     shape: tuple[int, ...]
-    dtype: str
-    samples: Tensor  # float64, on the CPU
-    scale: float
-    tolerance: float
-
-    @property
-    def proves_nothing(self) -> bool:
-        """All elements alike: a replica and a shard of zeros would look the same."""
-        return not self.samples.numel() or bool((self.samples == self.samples[0]).all())
-
-    def row(self) -> Tensor:
-        """All of it as ``ROW`` numbers: what the tensor is, its margin, its samples. Ranks whose rows differ by no more
-        than the margin in any number hold equal tensors."""
-        out = torch.zeros(ROW, dtype=torch.double)
-        out[0], out[1] = mark((self.shape, self.dtype)), self.tolerance * self.scale
-        out[2 : 2 + len(self.samples)] = self.samples
-        return out
+    samples: Tensor
 
 
-def same(digests: list[Digest]) -> bool:
+def digest(tensor: Tensor) -> Digest:
+    tensor = local(tensor)
+    flat, elements = tensor.flatten(), tensor.numel()
+    count = min(_SAMPLES // 2 if tensor.is_complex() else _SAMPLES, elements)  # complex elements are two numbers
+    some = flat.clone() if count == elements else flat[_places(elements, count, flat.device)]
+    return Digest(interned(tuple(tensor.shape)), some.cpu())
+
+
+@lru_cache(maxsize=1024)
+def interned(shape: tuple[T, ...]) -> tuple[T, ...]:
+    """The same object for all equal ones: a model has few shapes at many sites."""
+    return shape
+
+
+_kept_places: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _places(elements: int, count: int, device: torch.device) -> Tensor:
+    """``count`` indices evenly over so many elements."""
+    places = _kept_places.get((elements, count, device))
+    if places is None:
+        places = torch.linspace(0, elements - 1, count, dtype=torch.double, device="cpu").long().to(device)
+        if type(places) is Tensor and len(_kept_places) < 256:  # and nothing of a mode that is on
+            _kept_places[elements, count, device] = places
+    return places
+
+
+def rows(digests: Sequence[Digest]) -> Tensor:
+    """Each digest as ``ROW`` numbers: what the tensor is, its margin, its samples, and where they are few the first of
+    them again. Ranks whose rows differ by no more than the margin in any number hold equal tensors."""
+    out = torch.zeros((len(digests), ROW), dtype=torch.double, device="cpu")
+    alike = defaultdict(list)
+    for i, d in enumerate(digests):
+        alike[d.samples.dtype, len(d.samples)].append(i)
+    for (dtype, count), places in alike.items():
+        here = [digests[i] for i in places]
+        numbers = _comparable(torch.stack([d.samples for d in here])).flatten(1)
+        out[places, 0] = torch.tensor([_mark_of(d.shape, str(dtype)) for d in here], dtype=torch.double, device="cpu")
+        if count:
+            out[places, 1] = numbers.abs().amax(1) * _tolerance(dtype)
+            out[places, 2:] = torch.cat([numbers, numbers[:, :1].expand(-1, _SAMPLES - numbers.shape[1])], 1)
+    return out
+
+
+def prove_nothing(rows: Tensor) -> Tensor:
+    """Of which rows all samples are alike: a replica and a shard of zeros would look the same."""
+    samples = rows[:, 2:]
+    return samples.amax(1) == samples.amin(1)
+
+
+def same(digests: Sequence[Digest]) -> bool:
     """Whether the tensors behind the digests are equal within their dtype's tolerance."""
-    rows = torch.stack([d.row() for d in digests])
-    apart = rows.amax(0) - rows.amin(0)
-    return bool(apart[0] == 0 and (apart[2:] <= rows[:, 1].max()).all())
+    numbers = rows(digests)
+    apart = numbers.amax(0) - numbers.amin(0)
+    return bool(apart[0] == 0 and (apart[2:] <= numbers[:, 1].max()).all())
 
 
 def mark(value: object) -> int:
@@ -87,16 +125,6 @@ def mark(value: object) -> int:
     return int.from_bytes(blake2b(repr(value).encode(), digest_size=6).digest(), "big")
 
 
-def digest(tensor: Tensor) -> Digest:
-    tensor = local(tensor)
-    flat = tensor.flatten()
-    count = min(_SAMPLES // 2 if tensor.is_complex() else _SAMPLES, flat.numel())  # complex elements are two numbers
-    where = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.double).long()
-    samples = _comparable(flat[where.to(flat.device)]).flatten().cpu()
-    return Digest(
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype),
-        samples=samples,
-        scale=float(samples.abs().max()) if flat.numel() else 0.0,
-        tolerance=_tolerance(tensor.dtype),
-    )
+@lru_cache(maxsize=256)
+def _mark_of(shape: tuple[int, ...], dtype: str) -> int:
+    return mark((shape, dtype))

@@ -15,20 +15,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import Replicate
 
 from flex_model.errors import LayoutError
 from flex_model.layout.claim import Claim
-from flex_model.layout.layout import Layout, shard_dim
+from flex_model.layout.layout import Layout, replicates, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.layout.values import ROW, Digest, mark
+from flex_model.layout.values import ROW, Digest, mark, prove_nothing, rows
 from flex_model.routing.collectives import all_gather_objects, extremes
 
 __all__ = ["settle", "settle_alone"]
 
 Key = TypeVar("Key")
 Shape = tuple[int, ...]
-_UNSAID = Digest((), "", torch.empty(0, dtype=torch.double), 0.0, 0.0)
+_UNSAID = Digest((), torch.empty(0, dtype=torch.double))
 
 
 @dataclass(slots=True)
@@ -38,27 +37,27 @@ class _Site:
     claim: Claim
     shape: list[int]
     problem: str = ""
+    unproven: bool = False
     ragged: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ragged = [False] * len(self.claim.placements)
 
-    @property
-    def unproven(self) -> bool:
-        replicas = any(isinstance(p, Replicate) for p in self.claim.placements)
-        return replicas and self.claim.digest.proves_nothing
-
 
 def settle(claims: Mapping[Key, Claim], mesh: ModelMesh) -> dict[Key, Layout | LayoutError]:
     """The layouts that all ranks' claims support, or the errors that refuse them. Collective."""
     found: dict[Key, Layout | LayoutError] = {}
-    claims = {key: claims[key] for key in sorted(claims, key=repr)}
+    claims = dict(sorted(claims.items(), key=lambda item: repr(item[0])))
     shared = _shared(claims, mesh, found)
     if not shared:
         return found
     sites = {key: _Site(claim, list(claim.shape)) for key, claim in shared.items()}
+    replicas = [s for s in sites.values() if any(map(replicates, s.claim.placements))]
+    samples = rows([s.claim.digest for s in replicas])
+    for site, unproven in zip(replicas, prove_nothing(samples).tolist(), strict=True):
+        site.unproven = unproven
     for axis in reversed(range(len(mesh.axes))):
-        _check_axis(axis, list(sites.values()), mesh)
+        _check_axis(axis, list(sites.values()), replicas, samples, mesh)
     _tell(sites, mesh, found)
     return found
 
@@ -137,17 +136,16 @@ def _evidence(claim: Claim, mesh: ModelMesh) -> str:
 
 
 # -- axis by axis ----------------------------------------------------------------------------------------------
-def _check_axis(axis: int, sites: Sequence[_Site], mesh: ModelMesh) -> None:
+def _check_axis(axis: int, sites: Sequence[_Site], replicas: Sequence[_Site], samples: Tensor, mesh: ModelMesh) -> None:
     """Compare along this rank's line: replicas by their samples, shards by their sizes."""
-    replicas = [s for s in sites if isinstance(s.claim.placements[axis], Replicate)]
+    here = [i for i, s in enumerate(replicas) if replicates(s.claim.placements[axis])]
     sharded = [s for s in sites if shard_dim(s.claim.placements[axis]) is not None]
-    rows = [s.claim.digest.row() for s in replicas]
     sizes = torch.tensor([s.shape[_dim(s, axis)] for s in sharded], dtype=torch.double, device="cpu")
-    if not rows and not len(sizes):
+    if not here and not sharded:
         return
-    low, high = extremes(torch.cat([*rows, sizes]), mesh.group(axis))
-    split = ROW * len(rows)
-    _check_replicas(axis, replicas, low[:split].view(-1, ROW), high[:split].view(-1, ROW), mesh)
+    low, high = extremes(torch.cat([samples[here].flatten(), sizes]), mesh.group(axis))
+    split = ROW * len(here)
+    _check_replicas(axis, [replicas[i] for i in here], low[:split].view(-1, ROW), high[:split].view(-1, ROW), mesh)
     uneven = (low[split:] != high[split:]).tolist()
     totals = sizes * mesh.axes[axis].size
     if any(uneven):
@@ -177,13 +175,12 @@ def _add_up(axis: int, site: _Site, total: int, uneven: bool, mesh: ModelMesh) -
     site.ragged[axis] = uneven or mesh.axes[axis].kind == "data" or parted
     site.shape[dim] = total
     want = site.claim.global_shape[dim]
-    alone = all(shard_dim(p) != dim for i, p in enumerate(placements) if i != axis)
     if (
         mesh.axes[axis].kind == "tensor"
         and not parted
         and want is not None
-        and alone
         and total != want
+        and all(shard_dim(p) != dim for i, p in enumerate(placements) if i != axis)
         and not site.problem
     ):
         site.problem = f"the sizes along {mesh.names[axis]!r} add up to {total} on dim {dim}, not to {want}"
@@ -200,18 +197,17 @@ def _tell(sites: Mapping[Key, _Site], mesh: ModelMesh, found: dict[Key, Layout |
         for i, key in enumerate(bad):
             problem = next(theirs[i][1] for theirs in everyone if theirs[i][1])
             found[key] = _error(sites[key].claim.where, problem, [theirs[i][0] for theirs in everyone], mesh)
+    made: dict[tuple[Any, ...], Layout] = {}  # many sites have the same
     for (key, site), (_, unproven, *ragged) in zip(sites.items(), flags, strict=True):
         if key not in found:
-            claim, shape = site.claim, tuple(site.shape)
-            found[key] = Layout(
-                claim.placements,
-                _evidence(claim, mesh),
-                shape,
-                tuple(ragged),
-                not unproven,
-                late=claim.late,
-                parted=claim.parted,
-            )
+            c = site.claim
+            like = (c.placements, c.sources, tuple(site.shape), tuple(ragged), unproven, c.late, c.parted)
+            if like not in made:
+                placements, _, shape, uneven, _, late, parted = like
+                made[like] = Layout(
+                    placements, _evidence(c, mesh), shape, uneven, not unproven, late=late, parted=parted
+                )
+            found[key] = made[like]
 
 
 def _refused(claim: Claim, who: str, shapes: Sequence[Shape | None], mesh: ModelMesh) -> LayoutError:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from flex_model.store.commits import Run
 from flex_model.store.dtypes import as_torch, numpy_dtype
 from flex_model.store.moments import Sums
@@ -58,9 +60,13 @@ class Lane:
             if self._open.bytes >= self._segment_bytes:
                 self.close()
 
-    def add_up(self, data: Any) -> None:
-        """The same bytes, for the statistics; beside ``append``, if in order."""
-        if self.sums is not None:
+    def add_up(self, data: Any, sums: Tensor | None) -> None:
+        """The same bytes, for the statistics, or what was summed already; beside ``append``, if in order."""
+        if self.sums is None:
+            return
+        if sums is not None:
+            self.sums.take(len(data), sums)
+        else:
             self.sums.add(as_torch(data.view(numpy_dtype(self._dtype)), self._dtype))
 
     def close(self) -> None:

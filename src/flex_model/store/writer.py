@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import platform
 import sys
 import threading
@@ -14,6 +15,9 @@ from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from flex_model.errors import StoreError
 from flex_model.store import commits
@@ -72,8 +76,10 @@ class StoreWriter:
             # each of the queue's two threads may be putting a segment, which is in memory twice for a while
             segment_bytes = max(1, min(segment_bytes, queue_bytes // (len(self._all) + 2)))
         self._segment_bytes = segment_bytes
-        self._queue = WriteQueue(queue_bytes)
+        threads = 2 if place.buffers else min(4, max(2, (os.cpu_count() or 1) // 4))
+        self._queue = WriteQueue(queue_bytes, threads=threads)
         self._buffers = Buffers(0 if place.buffers else queue_bytes // 4)  # a bucket holds what it was given
+        self._lent: dict[int, Any] = {}  # by address
         self._lanes: dict[LaneKey, Lane] = {}
         self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
         self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
@@ -164,6 +170,15 @@ class StoreWriter:
         """Given to ``append`` and not written yet."""
         return self._queue.bytes
 
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for rows to be appended as ``owned``, which is used again once they are written."""
+        size = prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(tuple(shape), dtype=dtype)
+        buffer = self._buffers.take(size)
+        self._lent[buffer.ctypes.data] = buffer
+        return torch.from_numpy(buffer[:size]).view(dtype).view(tuple(shape))
+
     def append(
         self,
         step: int,
@@ -172,6 +187,7 @@ class StoreWriter:
         part: int | Sequence[tuple[int, int]] = 0,
         columns: Mapping[str, Any] | None = None,
         owned: bool = False,
+        sums: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Rows of one part of a step, or of several: ``[(part, rows), ...]``; blocks while the queue is full.
 
@@ -180,7 +196,8 @@ class StoreWriter:
 
         All are copied, unless they are ``owned`` by the writer from now on: nobody writes to their memory again, and
         a copy from the GPU into it (pinned memory is fine) is over. They are let go when they are written. What is
-        not contiguous, or not in host memory, is copied all the same.
+        not contiguous, or not in host memory, is copied all the same. ``sums``: of sites whose statistics were summed
+        where the rows come from: of each column the numbers and their squares, ``(2, columns)`` in float64.
         """
         self._check_open()
         placed = [self._placed(name, value) for name, value in {**values, **(columns or {})}.items()]
@@ -193,7 +210,7 @@ class StoreWriter:
         self._note(step, parts, [(lane, len(rows)) for rows, lane in placed])
         for rows, lane in placed:
             if len(rows):
-                self._put(step, parts, lane, rows, owned=owned)
+                self._put(step, parts, lane, rows, owned=owned, sums=(sums or {}).get(lane[0]))
 
     def _placed(self, name: str, value: Any) -> tuple[Any, LaneKey]:
         """The rows, and which columns of which site they are."""
@@ -233,7 +250,16 @@ class StoreWriter:
         if given:
             self._seen |= noted
 
-    def _put(self, step: int, parts: Sequence[tuple[int, int]], key: LaneKey, rows: Any, *, owned: bool) -> None:
+    def _put(
+        self,
+        step: int,
+        parts: Sequence[tuple[int, int]],
+        key: LaneKey,
+        rows: Any,
+        *,
+        owned: bool,
+        sums: Tensor | None,
+    ) -> None:
         dtype = self._all[key[0]].dtype
         size = len(rows) * (key[2] - key[1]) * numpy_dtype(dtype).itemsize
         lane = self._lanes.get(key) or self._lanes.setdefault(key, self._new_lane(key))
@@ -241,6 +267,7 @@ class StoreWriter:
         buffer = None if owned else self._buffers.take(size)
         try:
             data = row_bytes(rows, dtype=dtype, out=None if buffer is None else buffer[:size])
+            buffer = self._lent.pop(data.ctypes.data, None) if owned else buffer
         except BaseException:
             self._queue.put(key, lambda: None, reserved=size)
             raise
@@ -250,7 +277,7 @@ class StoreWriter:
             return ("statistics", key), add_up  # while another thread writes the lane's next rows
 
         def add_up() -> None:
-            lane.add_up(data)
+            lane.add_up(data, sums)
             if buffer is not None:
                 self._buffers.give(buffer)
 
