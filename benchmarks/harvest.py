@@ -1,7 +1,8 @@
 """What ``fm.harvest`` costs, paired in one run: against the disk, the model alone, one process, and its peers; and what
 is left of it when it is killed.
 
-    python benchmarks/harvest.py [--only disk,model,smollm2,kills,peers] [--folder /tmp] [--tokens 60000] [--rounds 5]
+    python benchmarks/harvest.py [--only disk,model,smollm2,traffic,kills,peers] [--folder /tmp] [--rounds 5]
+    python benchmarks/harvest.py --only smollm2 --tokens 60000
     python benchmarks/harvest.py --only disk,model --device cuda --layers 16 --width 4096 --sites 2
 
 Ways alternate within a round; figures are medians over rounds, with the least and the most, and ratios are taken within
@@ -24,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PARTS = ("disk", "model", "smollm2", "kills", "peers")
+PARTS = ("disk", "model", "smollm2", "traffic", "kills", "peers")
 
 
 def smollm2(given: str | None) -> str | None:

@@ -1,15 +1,12 @@
-"""Part ``smollm2``: the rows of a split model, the memory of its ranks, and what goes from rank to rank."""
+"""Part ``smollm2``: the rows of a split model, and the memory of its ranks."""
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from harvests.cells import cell, measured, table
 from harvests.given import batches, load
@@ -31,6 +28,19 @@ def harvested(*, model: str, axis: str | None, path: str, tokens: int, samples: 
     return took | {"rows": done.rows, "sites": len(done.sites), "bytes": done.bytes}
 
 
+def alone(*, model: str, axis: str, samples: int, length: int) -> Any:
+    """What a few forwards took on this rank, without a harvest and all but without logits, which it does not make."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    split = load(model, axis=axis)
+    rank, parts = (dist.get_rank(), dist.get_world_size()) if axis == "fsdp" else (0, 1)
+    with measured() as took, torch.no_grad():
+        for batch in batches(3 * samples * length, samples, length):
+            split(input_ids=batch["input_ids"].tensor_split(parts)[rank], use_cache=False, logits_to_keep=1)
+    return took
+
+
 def compared(*, want: str, found: str) -> Any:
     """``{site: relative error}`` of one store's rows from another's, and whether the side columns are equal."""
     from flex_model.store import ActivationStore
@@ -50,52 +60,6 @@ def _pieces(rows: int) -> list[slice]:
     return [slice(start, start + 4096) for start in range(0, rows, 4096)]
 
 
-class Payload(TorchDispatchMode):
-    """Operations of torch.distributed on this rank, and the bytes that it puts into them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2].rstrip("_")
-        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
-            names = [a.name for a in func._schema.arguments]
-            given = [value for at, value in zip(names, args, strict=False) if not at.startswith("out")]
-            self.calls[name] += 1
-            self.bytes[name] += sum(t.nbytes for value in given for t in _tensors(value))
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, list | tuple):
-        return [t for one in value for t in _tensors(one)]
-    return [value] if isinstance(value, Tensor) else []
-
-
-def traffic(*, model: str, axis: str, path: str, samples: int, length: int, steps: list[int]) -> Any:
-    """Calls and bytes of so many forwards, and of harvests of as many steps: ``[[alone, harvest], ...]``."""
-    import torch.distributed as dist
-
-    from flex_model import FlexModel
-
-    torch.set_num_threads(1)
-    split = load(model, axis=axis)
-    fm = FlexModel(split)
-    rank, parts = (dist.get_rank(), dist.get_world_size()) if axis == "fsdp" else (0, 1)
-    found = []
-    for number in steps:
-        data = batches(number * samples * length, samples, length)
-        with Payload() as alone, torch.no_grad():
-            for batch in data:
-                split(input_ids=batch["input_ids"].tensor_split(parts)[rank], use_cache=False)
-        with Payload() as harvest:
-            fm.harvest(data, fm.at("resid_post"), f"{path}-{number}", stop=False)
-        found.append([{"calls": dict(p.calls), "bytes": dict(p.bytes)} for p in (alone, harvest)])
-    return found
-
-
 # -- the page --------------------------------------------------------------------------------------------------
 def report(options: Any) -> list[str]:
     if options.model is None:
@@ -106,25 +70,31 @@ def report(options: Any) -> list[str]:
     (one,) = cell("smollm2", "harvested", axis=None, path=str(want), tokens=options.tokens, **given)
     rows, memory = [["ranks", "tokens/s", "largest relative error", "side columns"]], []
     rows.append(["one process", f"{one['rows'] / one['wall']:,.0f}", "", ""])
-    messages: list[list[Any]] = []
     for axis, ranks in WORLDS.items():
         short, long = (
             cell("smollm2", "harvested", ranks=ranks, axis=axis, path=str(folder / f"{axis}-{n}"), tokens=n, **given)
             for n in (min(SHORT, options.tokens // 2), options.tokens)
         )
+        forwards = cell("smollm2", "alone", ranks=ranks, axis=axis, **given)
         found = str(folder / f"{axis}-{options.tokens}")
         (same,) = cell("smollm2", "compared", want=str(want), found=found)
         site, most = max(same["errors"].items(), key=lambda pair: pair[1])
         assert same["ordered"] and most < 1e-4, (site, most)
         rate = f"{long[0]['rows'] / long[0]['wall']:,.0f}"
         rows.append([f"{axis.upper()} over {ranks}", rate, f"{most:.1e} ({site})", "equal"])
-        memory += [_memory(axis, rank, a, b) for rank, (a, b) in enumerate(zip(short, long, strict=True))]
-        messages += _messages(axis, ranks, str(folder / f"{axis}-traffic"), given)
+        memory += [_memory(axis, rank, *runs) for rank, runs in enumerate(zip(forwards, short, long, strict=True))]
         for path in folder.glob(f"{axis}-*"):
             shutil.rmtree(path)
     shutil.rmtree(want)
     sizes = (min(SHORT, options.tokens // 2), options.tokens)
-    head = ["rank", "before", *(f"most, {n:,} tokens" for n in sizes), "difference", f"after {sizes[1]:,} tokens"]
+    head = [
+        "rank",
+        "before",
+        "most, forwards alone",
+        *(f"most, {n:,} tokens" for n in sizes),
+        "difference",
+        f"after {sizes[1]:,} tokens",
+    ]
     return [
         "Split over processes",
         f"{options.model_name}, all {one['sites']} residual sites of {one['rows']:,} tokens in float32, "
@@ -136,29 +106,11 @@ def report(options: Any) -> list[str]:
         "the kernel's high-water mark, which is set back once the model is loaded; and what is left afterwards.",
         "",
         *table([head, *memory]),
-        "What the first rank puts into operations of the process group, forwards alone and harvests of as many steps "
-        "with `stop=False`. What the harvest adds are messages by which ranks agree:",
-        "",
-        *table([["ranks", "steps", "forwards: operations, MiB", "added by the harvest", "each"], *messages]),
     ]
 
 
-def _memory(axis: str, rank: int, short: dict[str, float], long: dict[str, float]) -> list[str]:
+def _memory(axis: str, rank: int, alone: Any, short: Any, long: Any) -> list[str]:
     """MiB."""
-    shown = [long["before"], short["peak"], long["peak"]]
+    shown = [long["before"], alone["peak"], short["peak"], long["peak"]]
     more = f"{long['peak'] - short['peak']:+,.0f}"
     return [f"{axis.upper()} {rank}", *(f"{size:,.0f}" for size in shown), more, f"{long['after']:,.0f}"]
-
-
-def _messages(axis: str, ranks: int, path: str, given: dict[str, Any]) -> list[list[Any]]:
-    steps = [4, 8, 16]
-    told = cell("smollm2", "traffic", ranks=ranks, axis=axis, path=path, steps=steps, **given)[0]
-    rows = []
-    for number, (alone, harvest) in zip(steps, told, strict=True):
-        calls = {n: harvest["calls"][n] - alone["calls"].get(n, 0) for n in harvest["calls"]}
-        size = {n: harvest["bytes"][n] - alone["bytes"].get(n, 0) for n in harvest["calls"]}
-        forwards = f"{sum(alone['calls'].values()):,}, {sum(alone['bytes'].values()) / 2**20:,.0f}"
-        added = f"{sum(calls.values()):,} operations, {sum(size.values()):,} bytes"
-        each = "; ".join(f"{n} {c}: {size[n]:,}" for n, c in calls.items() if c or size[n])
-        rows.append([f"{axis.upper()} over {ranks}", number, forwards, added, each])
-    return rows
