@@ -508,3 +508,54 @@ def _until(happened: Callable[[], object]) -> None:
     while not happened():
         assert time.monotonic() < until
         time.sleep(0.002)
+
+
+# Harvested into, and exported from.
+
+
+def harvested(url: str, steps: int) -> int:
+    """The first steps of a harvest, which goes on with what is there; how many steps it made."""
+    import models
+
+    from flex_model import FlexModel
+
+    data = [torch.randint(0, 32, (3, 6), generator=torch.Generator().manual_seed(step)) for step in range(steps)]
+    return FlexModel(models.net()).harvest(data, ["layers.0", "norm"], url, commit_every=2).steps
+
+
+def same_store(url: str, path: str) -> int:
+    there, here = ActivationStore(url), ActivationStore(path)
+    there.verify()
+    for name in (*here.sites, *here.columns):
+        assert torch.equal(there[name].torch(), here[name].torch())
+    return len(there)
+
+
+def test_harvest(server: Server, url: str, tmp_path: Path) -> None:
+    at = server.environment(server.url)
+    assert run(harvested, url, 5, environment=at) == 5
+    assert run(harvested, url, 9, environment=at) == 4
+    assert run(harvested, str(tmp_path / "acts"), 9, environment=at) == 9
+    assert run(same_store, url, str(tmp_path / "acts"), environment=at) == 9 * 18
+
+
+def exported(url: str, out: str) -> None:
+    from safetensors.torch import load_file
+
+    from flex_model.store.export import to_arrow, to_parquet, to_safetensors
+
+    store, whole = ActivationStore(url), expected(9, 1)
+    made = to_safetensors(store, out + "/safetensors", shard_bytes=900)
+    each = [load_file(made.path / name) for name in made.files]
+    assert len(each) > 2
+    for name, value in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in each]), value), name
+    for export in (to_parquet, to_arrow):
+        assert export(store, out + "/" + export.__name__, dtype="float32").rows == len(store)
+
+
+def test_export(server: Server, url: str, tmp_path: Path) -> None:
+    at = server.environment(server.url)
+    run(create, url, 9, 9, environment=at)
+    run(exported, url, str(tmp_path), environment=at)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["safetensors", "to_arrow", "to_parquet"]
