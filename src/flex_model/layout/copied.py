@@ -34,8 +34,15 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in made:
         state = memo[id(module)].__dict__
         for key, value in module.__dict__.items():
-            if key != "_compiled_call_impl":
-                state[key] = value if type(value) in UNCHANGING else _copied(value, memo)
+            if key == "_compiled_call_impl":
+                continue
+            kind = type(value)
+            if kind in UNCHANGING:
+                state[key] = value
+            elif kind is OrderedDict and not value and id(value) not in memo:  # of hooks, most of all there is
+                state[key] = memo[id(value)] = OrderedDict()
+            else:
+                state[key] = _copied(value, memo)
     out: nn.Module = _copied(model, memo)
     return out
 

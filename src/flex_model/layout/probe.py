@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -136,6 +137,11 @@ def _dim(once: Tensor, twice: Tensor, size: int | None, along: Along) -> BatchDi
         return BatchDim(refusal=f"the rows of dim {dim} do not follow the order of the {word}")
     if rows != size and _periodic(once, dim):
         return BatchDim(refusal=f"the rows of dim {dim} repeat themselves, so their order cannot be seen")
+    return _seen_on(dim)
+
+
+@cache
+def _seen_on(dim: int) -> BatchDim:
     return BatchDim(dim)
 
 

@@ -144,8 +144,7 @@ def stripped(
             if plain is not None:
                 object.__setattr__(module, "__class__", plain)
         memo.update(engines.stand_ins())
-        known = known or {}
-        said = {id(p): known.get((id(m), n)) for m in modules for n, p in m._parameters.items()}
+        said = {id(p): known.get((id(m), n)) for m in modules for n, p in m._parameters.items()} if known else {}
         tensors = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
         for tensor in tensors.values():
             is_parameter = isinstance(tensor, nn.Parameter)

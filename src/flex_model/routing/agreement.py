@@ -47,8 +47,9 @@ class _Site:
 def settle(claims: Mapping[Key, Claim], mesh: ModelMesh) -> dict[Key, Layout | LayoutError]:
     """The layouts that all ranks' claims support, or the errors that refuse them. Collective."""
     found: dict[Key, Layout | LayoutError] = {}
-    claims = dict(sorted(claims.items(), key=lambda item: repr(item[0])))
-    shared = _shared(claims, mesh, found)
+    texts = {key: repr(key) for key in claims}
+    claims = {key: claims[key] for key in sorted(claims, key=texts.__getitem__)}
+    shared = _shared(claims, texts, mesh, found)
     if not shared:
         return found
     sites = {key: _Site(claim, list(claim.shape)) for key, claim in shared.items()}
@@ -63,10 +64,14 @@ def settle(claims: Mapping[Key, Claim], mesh: ModelMesh) -> dict[Key, Layout | L
 
 
 # -- the same claims -------------------------------------------------------------------------------------------
-def _shared(claims: Mapping[Key, Claim], mesh: ModelMesh, found: dict[Key, Layout | LayoutError]) -> dict[Key, Claim]:
-    """What all ranks claim alike; what is refused goes to ``found``."""
+def _shared(
+    claims: Mapping[Key, Claim], texts: Mapping[Key, str], mesh: ModelMesh, found: dict[Key, Layout | LayoutError]
+) -> dict[Key, Claim]:
+    """What all ranks claim alike; what is refused goes to ``found``. ``texts``: what the claims' keys print as."""
+    held = {id(c.placements): c.placements for c in claims.values()}  # many sites share theirs
+    placed = {place: repr(placements) for place, placements in held.items()}
     said = [
-        (key, c.placements, c.late, c.parted, len(c.shape), c.refusal, c.shape if c.refusal else ())
+        (texts[key], placed[id(c.placements)], c.late, c.parted, len(c.shape), c.refusal, c.shape if c.refusal else ())
         for key, c in claims.items()
     ]
     low, high = extremes(torch.tensor([mark(said)]), mesh.world)
