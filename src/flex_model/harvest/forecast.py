@@ -65,7 +65,8 @@ class Forecast:
         speed = f"{rate:,.0f} rows/s, {rate * self.row_bytes / 1e9:.3f} GB/s"
         if self.rows is None or self.bytes is None or self.seconds is None:
             return f"{self.row_bytes:,} bytes a row of {len(self.sites)} sites, at {speed}; how many rows is not known"
-        room = "" if self.free is None else f"; {self.free / 1e9:.1f} GB are free"
+        short = ", which is not enough" if self.fits is False else ""
+        room = "" if self.free is None else f"; {self.free / 1e9:.1f} GB are free{short}"
         return (
             f"{self.rows:,} rows of {len(self.sites)} sites, {self.bytes / 1e9:.2f} GB, in about {self.seconds:,.0f} s "
             f"({speed}){room}"

@@ -174,6 +174,6 @@ class _Loop:
         self.run.together.each(self._raise, "a meeting of the harvest")
 
     def _raise(self) -> None:
-        for error in (self._error, self.run.taking.error, *self.run.taking.refused.values()):
-            if error is not None:
-                raise error
+        if self._error is not None:
+            raise self._error
+        self.run.raise_failure()

@@ -202,13 +202,13 @@ class Run:
 
     def meet(self) -> None:
         """Ranks tell one another of what failed. Collective."""
-        self.together.each(self._raise, "a meeting of the harvest")
+        self.together.each(self.raise_failure, "a meeting of the harvest")
 
-    def _raise(self) -> None:
-        refused = next(iter(self.taking.refused.values()), None)
-        error = self.taking.error or refused
-        if error is not None:
-            raise error
+    def raise_failure(self) -> None:
+        """This rank's, if there was one."""
+        for error in (self.taking.error, *self.taking.refused.values()):
+            if error is not None:
+                raise error
 
     # -- a step's end ------------------------------------------------------------------------------------------
     def beside(self, batch: Batch) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:

@@ -15,7 +15,7 @@ from flex_model.errors import HarvestError
 from flex_model.harvest.sink import Step
 from flex_model.harvest.together import Together
 from flex_model.store import ActivationStore, StoredSite, StoreWriter
-from flex_model.store.place import open_place, telling
+from flex_model.store.place import MANIFEST, open_place, telling
 
 __all__ = ["Begun", "Writing"]
 
@@ -59,7 +59,7 @@ class Writing:
         def read() -> Begun | None:
             place = open_place(self.path)
             with telling(f"{place} cannot be read"):
-                there = place.read("manifest.json") is not None
+                there = place.read(MANIFEST) is not None
                 loader = place.read(_LOADER)
             if not there:
                 return None

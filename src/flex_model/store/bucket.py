@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from flex_model.errors import StoreError
-from flex_model.store.place import Appending, Place, telling
+from flex_model.store.place import MANIFEST, Appending, Place, telling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["Bucket"]
 
 _SCHEMES = ("s3://", "gs://")
+# Of each request, two minutes of trying again: for what says that it is busy, and for nobody there.
+RETRIES = {"max_retries": 12, "initial_delay": "250ms", "max_delay": "16s"}
+PATIENCE = 180.0  # seconds for all tries of a request, and a second for each MiB of it: a server may also say nothing
 
 
 class Bucket(Place):
     """Objects below a URL. An object is put as a whole, so that a segment is held in memory until it is closed.
 
     ``s3://``: keys and region from the usual environment (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ...), another server
-    than Amazon's from ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``.
+    than Amazon's from ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``. ``gs://``: Google's application default
+    credentials, another server from ``TENSORSTORE_GCS_HTTP_URL``.
     """
 
     buffers = True
@@ -45,8 +49,9 @@ class Bucket(Place):
         scheme, _, rest = self.url.partition("://")
         bucket, _, path = rest.partition("/")
         if scheme == "gs":
-            return {"driver": "gcs", "bucket": bucket, "path": path}
-        found: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
+            return {"driver": "gcs", "bucket": bucket, "path": path, "context": {"gcs_request_retries": RETRIES}}
+        context = {"s3_request_retries": RETRIES}
+        found: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path, "context": context}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if endpoint:
@@ -61,48 +66,63 @@ class Bucket(Place):
     def _files(self) -> Any:
         if self._opened is None:
             with telling(f"{self.url} cannot be opened"):
-                self._opened = _tensorstore().KvStore.open(self.spec).result()
+                self._opened = _done(_tensorstore().KvStore.open(self.spec))
         return self._opened
 
     def make(self) -> None:
         """A bucket is made by its owner."""
 
     def read(self, name: str) -> bytes | None:
-        found = self._files.read(name).result()
+        found = _done(self._files.read(name))
         return None if found.state == "missing" else bytes(found.value)
 
     def write(self, name: str, data: bytes) -> None:
-        self._files.write(name, data).result()
+        _done(self.put(name, data), len(data))
+
+    def put(self, name: str, data: bytes) -> Any:
+        """tensorstore's future."""
+        return self._files.write(name, data)
 
     def appending(self, name: str) -> Appending:
         return _Object(self, name)
 
     def listing(self, folder: str) -> list[str]:
-        start = f"{folder}/"
-        end = f"{folder}0"  # "0" is what comes after "/"
-        keys = self._files.list(_tensorstore().KvStore.KeyRange(start, end)).result()
+        found = self._list(f"{folder}/", f"{folder}0")  # "0" is what comes after "/"
+        # tensorstore takes Google's refusal to list for an empty list: look for what must be there
+        if not found and self.read(MANIFEST) is not None and not self._list(MANIFEST, f"{MANIFEST}0"):
+            raise StoreError(
+                f"{self.url} can be read but not listed; grant this account the right to list the bucket's objects.",
+                page="store-place",
+            )
+        return found
+
+    def _list(self, first: str, end: str) -> list[str]:
+        keys = _done(self._files.list(_tensorstore().KvStore.KeyRange(first, end)))
         return sorted(key.decode() for key in keys)
 
     def remove(self, names: list[str]) -> None:
         for future in [self._files.write(name, None) for name in names]:
-            future.result()
+            _done(future)
 
     def rows(self, segment: Segment) -> NDArray[Any]:
         tensorstore = _tensorstore()
-        spec = {"driver": "zarr3", "kvstore": {**self.spec, "path": self.spec["path"] + segment.folder + "/"}}
-        opened = tensorstore.open({**spec, "metadata": segment.metadata()}, open=True, assume_metadata=True)
-        found: NDArray[Any] = _Indexed(opened.result())  # type: ignore[assignment]
+        kvstore = {**self.spec, "path": self.spec["path"] + segment.folder + "/"}
+        spec: dict[str, Any] = {"driver": "zarr3", "kvstore": kvstore, "metadata": segment.metadata()}
+        spec |= {"fill_missing_data_reads": False}  # what is gone is not zeros
+        opened = _done(tensorstore.open(spec, open=True, assume_metadata=True))
+        found: NDArray[Any] = _Indexed(opened, segment.row_bytes)  # type: ignore[assignment]
         return found
 
 
 class _Indexed:
     """Reads when it is indexed, as an array in memory does."""
 
-    def __init__(self, array: Any) -> None:
-        self._array = array
+    def __init__(self, array: Any, row_bytes: int) -> None:
+        self._array, self._row_bytes = array, row_bytes
 
     def __getitem__(self, rows: Any) -> Any:
-        return self._array[rows].read().result()
+        part = self._array[rows]
+        return _done(part.read(), part.shape[0] * self._row_bytes)
 
 
 class _Object(Appending):
@@ -114,12 +134,24 @@ class _Object(Appending):
         self._pieces.append(data)
 
     def close(self, *, durable: bool = True) -> None:
-        data = b"".join(bytes(piece) if not isinstance(piece, bytes) else piece for piece in self._pieces)
+        whole = b"".join(self._pieces)
         self._pieces = []
-        self._bucket.write(self._name, data)
+        size, future = len(whole), self._bucket.put(self._name, whole)
+        del whole  # tensorstore has its own, and it may be long under way
+        _done(future, size)
 
     def drop(self) -> None:
         self._pieces = []
+
+
+def _done(future: Any, size: int = 0) -> Any:
+    """Its result. The server must answer in time."""
+    limit = PATIENCE + size / 2**20
+    try:
+        return future.result(timeout=limit)
+    except TimeoutError:
+        future.cancel()
+        raise TimeoutError(f"no answer in {limit:.0f} seconds") from None
 
 
 def _tensorstore() -> Any:

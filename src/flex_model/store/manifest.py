@@ -11,13 +11,12 @@ from typing import Any
 
 from flex_model.errors import StoreError
 from flex_model.store.dtypes import dtype_name, numpy_dtype
-from flex_model.store.place import Place
+from flex_model.store.place import MANIFEST, Place
 from flex_model.store.segment import checksum
 
 __all__ = ["FORMAT", "Manifest", "StoredSite", "pack", "unpack"]
 
 FORMAT = 1
-_NAME = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +66,15 @@ class Manifest:
             kind: {name: {"shape": s.shape, "dtype": s.dtype, "layout": s.layout} for name, s in sites.items()}
             for kind, sites in kinds.items()
         }
-        place.write(_NAME, pack({"format": FORMAT, **listed, "about": self.about}, indent=1))
+        place.write(MANIFEST, pack({"format": FORMAT, **listed, "about": self.about}, indent=1))
 
     @classmethod
     def load(cls, place: Place) -> Manifest | None:
         """None where there is no store."""
-        data = place.read(_NAME)
+        data = place.read(MANIFEST)
         if data is None:
             return None
-        body = unpack(data, what=f"{place}/{_NAME}")
+        body = unpack(data, what=f"{place}/{MANIFEST}")
         if body["format"] != FORMAT:
             raise StoreError(
                 f"{place} has format {body['format']}, and this version reads {FORMAT}; use the version that wrote it "

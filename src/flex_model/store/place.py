@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from flex_model.store.segment import Segment
 
-__all__ = ["Appending", "Folder", "Place", "open_place", "telling"]
+__all__ = ["MANIFEST", "Appending", "Folder", "Place", "open_place", "telling"]
+
+MANIFEST = "manifest.json"  # there in every store, and the last file that makes one
 
 
 @contextmanager
@@ -34,6 +36,7 @@ def telling(what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        why = why.partition(" [")[0]  # tensorstore appends the server's whole answer
         raise StoreError(
             f"{what}: {why.rstrip('.')}; what was committed stays readable: make room or put the place right, then "
             f"StoreWriter.resume.",

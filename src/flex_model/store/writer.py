@@ -73,8 +73,8 @@ class StoreWriter:
         self._place, self._session, self._all = place, session, manifest.all
         if place.buffers:
             queue_bytes = max(1, queue_bytes // 2)
-            # each of the queue's two threads may be putting a segment, which is in memory twice for a while
-            segment_bytes = max(1, min(segment_bytes, queue_bytes // (len(self._all) + 2)))
+            # each of the queue's two threads may be putting a segment, of which there are three copies when that begins
+            segment_bytes = max(1, min(segment_bytes, queue_bytes // (len(self._all) + 4)))
         self._segment_bytes = segment_bytes
         threads = 2 if place.buffers else min(4, max(2, (os.cpu_count() or 1) // 4))
         self._queue = WriteQueue(queue_bytes, threads=threads)
