@@ -76,7 +76,8 @@ class StoreWriter:
         self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
         self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
         self._closed = False
-        self._committed = max(commits.committed_steps(place), default=-1)
+        with telling(f"{place} cannot be read"):
+            self._committed = max(commits.committed_steps(place), default=-1)
 
     @classmethod
     def create(
