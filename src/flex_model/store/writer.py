@@ -287,7 +287,8 @@ class StoreWriter:
         with telling(f"{self._place} cannot be written"):
             self._check_session()
             if step not in commits.committed_steps(self._place):  # with one rank it is there since commit
-                commits.join_ranks(self._place, step, ranks=self.ranks, session=self._session, sites=self._all)
+                ranks, sites, ask = self.ranks, self._all, self._check_session
+                commits.join_ranks(self._place, step, ranks=ranks, session=self._session, sites=sites, allowed=ask)
 
     def close(self, *, drop: bool = False) -> None:
         """End the threads. Rows that are not committed are lost, and refused without ``drop=True``."""
