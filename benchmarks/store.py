@@ -42,10 +42,11 @@ def plain(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
     return lambda rows: np.memmap(path, np.uint16, "r", shape=(STEP_ROWS * len(steps), WIDTH))[rows]
 
 
-def store(sites: int, owned: bool) -> Way:
+def store(sites: int, queue: int, *, owned: bool) -> Way:
     def write(path: Path, steps: list[torch.Tensor]) -> Callable[[Any], Any]:
         names = [f"x{number}" for number in range(sites)]
-        with StoreWriter.create(path, sites=dict.fromkeys(names, StoredSite((WIDTH,), "bfloat16"))) as writer:
+        given = dict.fromkeys(names, StoredSite((WIDTH,), "bfloat16"))
+        with StoreWriter.create(path, sites=given, queue_bytes=queue << 20) as writer:
             for step in range(len(steps) // sites):
                 mine = steps[step * sites : (step + 1) * sites]
                 writer.append(step, dict(zip(names, mine, strict=True)), owned=owned)
@@ -124,12 +125,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--queue", type=int, default=128, help="MiB that may wait to be written")
     parser.add_argument("--sites", type=int, default=1)
-    parser.add_argument("--pieces", type=int, default=32, help="a multiple of the sites")
+    parser.add_argument("--pieces", type=int, default=128, help="a multiple of the sites")
     args = parser.parse_args()
-    steps = [torch.randn(STEP_ROWS, WIDTH).bfloat16() for _ in range(args.pieces)]
+    distinct = [torch.randn(STEP_ROWS, WIDTH).bfloat16() for _ in range(32)]
+    steps = [distinct[number % 32] for number in range(args.pieces)]
     batches = np.random.default_rng(0).integers(0, STEP_ROWS * args.pieces, (64 if args.sites == 1 else 0, 256))
-    ours = {"store": store(args.sites, False), "store, owned": store(args.sites, True)}
+    ours = {
+        "store": store(args.sites, args.queue, owned=False),
+        "store, owned": store(args.sites, args.queue, owned=True),
+    }
     other = {"tensorstore": tensorstore, "zarr-python": zarr_python, "safetensors": safetensors_file}
     ways = {"plain": plain, **ours, **other}
     ways = {name: way for name, way in ways.items() if find_spec(NEEDS.get(name, "os"))}

@@ -191,6 +191,10 @@ class Proxy:
     def environment(self) -> dict[str, str]:
         return self.server.environment(self.url)
 
+    def commits(self) -> int:
+        """How many writers began to write."""
+        return sum(made in ("PUT", "POST") and path.endswith("done.json") for made, path in list(self.seen))
+
     def up(self) -> None:
         self._listening = _Listening(("127.0.0.1", self.port), type("Handler", (_Handler,), {"proxy": self}))
         threading.Thread(target=self._listening.serve_forever, args=(0.05,), daemon=True).start()

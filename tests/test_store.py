@@ -319,3 +319,28 @@ def test_statistics_that_were_summed_elsewhere(tmp_path: Path) -> None:
     store = ActivationStore(tmp_path / "acts")
     assert torch.allclose(store["x"].mean, rows.double().mean(0), rtol=1e-9)
     assert torch.allclose(store["x"].std, rows.double().std(0, correction=0), rtol=1e-6)
+
+
+def test_taken_over_within_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that was halted while it joined the tables writes no commit of what the new one removed."""
+    from flex_model.store import commits
+
+    old, merge = create(tmp_path / "acts"), commits._merge
+    append(old, 0, 0)
+    news: list[StoreWriter] = []
+
+    def taken(*args: Any) -> None:
+        merge(*args)
+        monkeypatch.undo()
+        news.append(StoreWriter.resume(tmp_path / "acts"))
+
+    monkeypatch.setattr(commits, "_merge", taken)
+    with pytest.raises(StoreError, match="another writer took this store over"):
+        old.commit(0)
+    assert ActivationStore(tmp_path / "acts").last_step == -1
+    old.close(drop=True)
+    for step in range(2):  # the first has no rows
+        append(news[0], step, 0)
+    news[0].commit(1)
+    news[0].close()
+    check_equal(tmp_path / "acts", expected(2, 1))

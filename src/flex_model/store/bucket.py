@@ -146,12 +146,11 @@ class _Object(Appending):
 
 def _done(future: Any, size: int = 0) -> Any:
     """Its result. The server must answer in time."""
-    limit = PATIENCE + size / 2**20
     try:
-        return future.result(timeout=limit)
+        return future.result(timeout=PATIENCE + size / 2**20)
     except TimeoutError:
         future.cancel()
-        raise TimeoutError(f"no answer in {limit:.0f} seconds") from None
+        raise
 
 
 def _tensorstore() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -84,8 +84,11 @@ def committed_steps(place: Place) -> list[int]:
     return [int(name.split("/")[1]) for name in place.listing("commits") if name.endswith("/done.json")]
 
 
-def join_ranks(place: Place, step: int, *, ranks: int, session: int, sites: Mapping[str, StoredSite]) -> None:
-    """Make the commit of ``step`` count, if all ranks' tables are there and their parts make wholes."""
+def join_ranks(
+    place: Place, step: int, *, ranks: int, session: int, sites: Mapping[str, StoredSite], allowed: Callable[[], None]
+) -> None:
+    """Make the commit of ``step`` count, if all ranks' tables are there, their parts make wholes, and it is ``allowed``
+    still, which is asked last: who takes the store over removes what does not count yet."""
     tables = [_of_rank(place, step, rank, session) for rank in range(ranks)]
     whole = Commit(step)
     for table in tables:
@@ -96,6 +99,7 @@ def join_ranks(place: Place, step: int, *, ranks: int, session: int, sites: Mapp
     for rank, table in enumerate(tables):
         _merge(moments, _arrays(place, rank_file(step, rank, "safetensors"), table["moments"]), table["lanes"], sites)
     whole.moments = save_moments(place, f"{folder(step)}/moments.safetensors", moments)
+    allowed()
     whole.save(place, f"{folder(step)}/done.json")
     place.remove([n for n in place.listing(folder(step)) if n.rpartition("/")[2].startswith("rank-")])
 

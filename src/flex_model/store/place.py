@@ -36,7 +36,7 @@ def telling(what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-        why = why.partition(" [")[0]  # tensorstore appends the server's whole answer
+        why = why.partition(" [")[0] or "no answer in time"  # tensorstore appends the server's whole answer
         raise StoreError(
             f"{what}: {why.rstrip('.')}; what was committed stays readable: make room or put the place right, then "
             f"StoreWriter.resume.",

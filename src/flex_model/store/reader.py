@@ -81,8 +81,7 @@ class ActivationStore:
 
     def verify(self) -> int:
         """Compare every segment with its checksum; their number. Raises StoreError that names what differs."""
-        if self._commit.moments:
-            commits.load_moments(self._files.place, self._commit)
+        self._files.moments(self._commit)
         wrong = []
         for segment in self._index.segments:
             with telling(f"{self._files.place}/{segment.data} cannot be read"):
@@ -98,7 +97,7 @@ class ActivationStore:
         return len(self._index.segments)
 
     def _moments(self, site: str) -> Moments:
-        found = commits.load_moments(self._files.place, self._commit) if self._commit.moments else {}
+        found = self._files.moments(self._commit)
         if site not in found:
             raise RowError(f"{site!r} has no statistics: it has no rows yet, or is a side column.")
         return found[site]
@@ -126,6 +125,11 @@ class _Files:
         with telling(f"{self.place} cannot be read"):
             found = [Commit.load(self.place, step) for step in commits.committed_steps(self.place)]
         return Index.of(found), found[-1] if found else Commit(-1)
+
+    def moments(self, commit: Commit) -> dict[str, Moments]:
+        """By site; none before the first commit."""
+        with telling(f"{self.place} cannot be read"):
+            return commits.load_moments(self.place, commit) if commit.moments else {}
 
     def rows(self, index: Index, number: int, rows: Any) -> Any:
         """Rows of a segment."""

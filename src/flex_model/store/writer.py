@@ -84,7 +84,8 @@ class StoreWriter:
         self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
         self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
         self._closed = False
-        self._committed = self._tabled = max(commits.committed_steps(place), default=-1)
+        with telling(f"{place} cannot be read"):
+            self._committed = self._tabled = max(commits.committed_steps(place), default=-1)
 
     @classmethod
     def create(
@@ -358,7 +359,8 @@ class StoreWriter:
         with telling(f"{self._place} cannot be written"):
             self._check_session()
             if step not in commits.committed_steps(self._place):  # with one rank it is there since commit
-                commits.join_ranks(self._place, step, ranks=self.ranks, session=self._session, sites=self._all)
+                ranks, sites, ask = self.ranks, self._all, self._check_session
+                commits.join_ranks(self._place, step, ranks=ranks, session=self._session, sites=sites, allowed=ask)
 
     def close(self, *, drop: bool = False) -> None:
         """End the threads. Rows that are not committed are lost, and refused without ``drop=True``."""
