@@ -141,7 +141,7 @@ class Taking:
         """Chosen, cast and summed where they are, and copied to the host beside the model."""
         chosen = rows if index is None else rows.index_select(0, index.to(rows.device, non_blocking=True))
         cast, host = chosen.to(dtype), torch.device("cpu")
-        wide = cast.to(torch.float64 if cast.dtype is torch.float64 else torch.float32)
+        wide = cast.to(torch.float32 if cast.element_size() <= 2 else torch.float64)  # in which squares are exact
         sums = torch.stack([x.sum(0, dtype=torch.float64) for x in (wide, wide * wide)])
         kept = self._copies.take(cast, host, owned=index is not None or cast is not rows)
         return Piece(kept, start, self._copies.take(sums, host, owned=True))

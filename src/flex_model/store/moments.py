@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Moments", "Sums"]
 
-_BLOCK = 1 << 18  # numbers at a time: as many stay in the cache, and a call costs little beside them
-_ADDED = 64  # lines that are added in float32
+_BLOCK = 1 << 17  # numbers at a time: in float64 they stay in the cache, and a call costs little beside them
 _LINE = 1 << 11  # numbers that are added at once, or a call of numpy costs more than its work
 
 
@@ -65,11 +64,10 @@ class Moments:
 
 
 class Sums:
-    """The moments of rows that come by and by, in one pass and with no more memory than a block.
+    """The moments of rows that come by and by, in one pass in float64 and with no more memory than a block.
 
     Squares are summed as they are where numbers have 16 bits or fewer: with so few digits a column's spread is no
-    smaller than its mean's last digit. Some of these at a time are added in float32, and all else in float64. Others
-    are summed as distances from a mean.
+    smaller than its mean's last digit, and float64 has room for both. Others are summed as distances from a mean.
     """
 
     def __init__(self, width: int) -> None:
@@ -95,38 +93,32 @@ class Sums:
 
     def add(self, rows: Tensor) -> None:
         """``(rows, width)``, of a dtype of the store."""
-        narrow = rows.element_size() <= 2
-        line = self._width * self._fold
-        size = max(1, min(_BLOCK // line, _ADDED) if narrow else _BLOCK // (2 * line)) * self._fold
-        block = torch.empty(size, self._width, dtype=torch.float32 if narrow else torch.float64)
-        for part in rows.split(size):
-            self._rows += len(part)
-            if not (narrow and self._add(part, block)):
-                self._add(part, block.double())
-
-    def _add(self, part: Tensor, block: Tensor) -> bool:
-        """Nothing is added where squares are beyond float32, or numbers not finite."""
         import numpy as np
 
-        numbers: NDArray[Any] = block[: len(part)].copy_(part).numpy()
-        with np.errstate(invalid="ignore", over="ignore"):
-            if part.element_size() > 2:
-                if self._shift is None:
-                    self._shift = numbers.mean(0)
-                np.subtract(numbers, self._shift, out=numbers)
-            flat = numbers.reshape(-1)
-            line = self._width * self._fold
-            whole = flat[: len(flat) // line * line].reshape(-1, line)
-            pieces = [whole, flat[whole.size :].reshape(1, -1)]  # the last line may be shorter
-            sums = [np.add.reduce(piece, 0) for piece in pieces]
-            np.multiply(flat, flat, out=flat)
-            squares = [np.add.reduce(piece, 0) for piece in pieces]
-            if numbers.dtype == np.float32 and not all(np.isfinite(found).all() for found in squares):
-                return False
-            for found, total in ((sums, self._sum), (squares, self._squares)):
-                for piece in found:
-                    total[: len(piece)] += piece
-        return True
+        line = self._width * self._fold
+        block = torch.empty(max(1, _BLOCK // line) * self._fold, self._width, dtype=torch.float64)
+        for part in rows.split(len(block)):
+            known = part.float() if part.dtype == torch.float16 else part  # torch is slow to make float64 of it
+            numbers = block[: len(part)].copy_(known).numpy()
+            self._rows += len(part)
+            with np.errstate(invalid="ignore", over="ignore"):  # rows may hold infinities
+                if rows.element_size() > 2:
+                    if self._shift is None:
+                        self._shift = numbers.mean(0)
+                    np.subtract(numbers, self._shift, out=numbers)
+                flat = numbers.reshape(-1)
+                whole = flat[: len(flat) // line * line].reshape(-1, line)
+                for piece in (whole, flat[whole.size :].reshape(1, -1)):  # the last line may be shorter
+                    self._take(piece)
+
+    def _take(self, lines: NDArray[np.float64]) -> None:
+        """And square them in place."""
+        import numpy as np
+
+        at = slice(lines.shape[1])
+        self._sum[at] += np.add.reduce(lines, 0)
+        np.multiply(lines, lines, out=lines)
+        self._squares[at] += np.add.reduce(lines, 0)
 
     def moments(self) -> Moments:
         import numpy as np
