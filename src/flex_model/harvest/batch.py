@@ -83,11 +83,11 @@ class Batch:
         """It runs for other ranks only."""
         return replace(self, keep=torch.zeros_like(self.keep))
 
-    def to(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The model's inputs on a device."""
+    def to(self, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's inputs on a device, or where they are."""
 
         def there(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) and device is not None else value
 
         return tuple(map(there, self.args)), {name: there(value) for name, value in self.kwargs.items()}
 

@@ -91,6 +91,8 @@ class Run:
         self.selections: dict[str, Selection] = {}
         self.bounds, self.spots = self._bounds()
         self._forward = forward or self._call
+        holds = next(fm.module.parameters(), None) is not None
+        self._device = runtime.device_of_values if holds else None  # a model of no parameters runs anywhere
         self._takes = _arguments(fm.module)
         self.columns: dict[str, str] = {}
 
@@ -136,7 +138,7 @@ class Run:
     def step(self, number: int, batch: Batch, *, of: Batch | None = None) -> None:
         """A forward of this rank's part; ``of``: the batch whose rows are taken, where values come whole. In the first
         one it is found out what each rank has to take."""
-        args, kwargs = batch.to(self.runtime.device_of_values)
+        args, kwargs = batch.to(self._device)
         taken = batch if of is None else of
         self.taking.begin(number, taken)
         self._forward(*args, **kwargs)
