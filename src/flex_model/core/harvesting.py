@@ -44,7 +44,7 @@ class Harvesting:
         commit_every: int | None = None,
         about: Mapping[str, Any] | None = None,
         progress: bool | None = None,
-        queue_bytes: int = 1 << 30,
+        queue_bytes: int = 1 << 28,
         segment_bytes: int = 1 << 28,
         dry_run: bool = False,
     ) -> Harvested | Forecast:
