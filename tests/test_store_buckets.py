@@ -139,7 +139,7 @@ def test_no_such_bucket_or_store(server: Server, url: str) -> None:
 
 def test_wrong_keys(server: Server, url: str) -> None:
     if server.scheme == "gs":
-        pytest.skip("the emulator checks no keys; test_refused answers for it")
+        pytest.skip("the emulator checks no keys; test_refused_within_a_commit answers for it")
     at = server.environment(server.url)
     run(create, url, 3, environment=at)
     for key, why in [("AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch"), ("AWS_ACCESS_KEY_ID", "InvalidAccessKeyId")]:
@@ -500,8 +500,8 @@ def overtake(url: str) -> None:
 def test_reader_beside_a_writer(server: Server, url: str) -> None:
     at = server.environment(server.url)
     run(create, url, 0, environment=at)
-    reader = Job(follow, url, 60, environment=at)
-    writer = Job(resume, url, 60, 2, environment=at)
+    reader = Job(follow, url, 30, environment=at)
+    writer = Job(resume, url, 30, 2, environment=at)
     assert writer.result() == 0
     assert reader.result() > 3
 
@@ -509,7 +509,7 @@ def test_reader_beside_a_writer(server: Server, url: str) -> None:
 def follow(url: str, stop: int) -> int:
     """At how many commits the store was read, each time as of a whole one."""
     store, seen, whole = ActivationStore(url), set[int](), expected(stop, 1)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 100
     while store.last_step < stop - 1 and time.monotonic() < until:
         store.refresh()
         assert store.last_step % 2 == 1 and store.last_step >= max(seen, default=-1)
