@@ -66,7 +66,7 @@ def on(engine: str, function: Any, *args: Any) -> Any:
 def test_resumed_under_another_engine(first: str, second: str, tmp_path: Path) -> None:
     path = tmp_path / "acts"
     last = on(first, _interrupted, path, 7)
-    assert last in (1, 3)  # of commits after 2, 4 and 6 steps, the last may not count yet
+    assert last in (1, 3, 5)  # of commits after 2, 4 and 6 steps, the last ones may not count yet
     assert not differences(path, want(many()[: last + 1]))
     assert on(second, _finished, path) == 12 - (last + 1)
     assert not differences(path, want(many()))
