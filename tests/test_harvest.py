@@ -18,9 +18,6 @@ from worlds import run_world
 from flex_model import FlexModel
 from flex_model.store import ActivationStore
 
-NOT_ROWS = {"", "layers", "layers.0", "layers.1"}
-
-
 EVEN = ((4, 6), (3, 6), (1, 4), (2, 8))  # lengths that torch's sequence parallelism can run over two ranks
 UNEVEN = ((4, 6), (3, 6), (1, 5), (2, 7))
 

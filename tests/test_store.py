@@ -306,6 +306,17 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     check_equal(tmp_path / "acts", expected(2, 1))
 
 
+def test_a_folder_that_is_no_store_keeps_what_is_in_it(tmp_path: Path) -> None:
+    """Also files under the names that a store would remove what is not committed from."""
+    for name in ("segments/mine.txt", "commits/mine.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("mine")
+    for over_empty in (False, True):
+        StoreWriter.create(tmp_path, sites={"x": StoredSite((2,))}, over_empty=over_empty).close()
+        assert (tmp_path / "segments/mine.txt").read_text() == (tmp_path / "commits/mine.txt").read_text() == "mine"
+        (tmp_path / "manifest.json").unlink()
+
+
 def test_statistics_that_were_summed_elsewhere(tmp_path: Path) -> None:
     """By rows and by sums, in any order, they are those of all rows."""
     rows = torch.randn(40, 6, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 1, 1, 1]) + torch.arange(6) * 100

@@ -60,8 +60,9 @@ class Harvesting:
 
         ``batches``: ``texts.TokenBatches``, or any iterable of the model's keywords or of its one input. All ranks
         give the same, and data-parallel ranks run their part of the samples of each; with ``own_batches=True`` each
-        gives its own. ``path``: a folder, or ``s3://`` or ``gs://``. ``select``: part of a value, of dims that are not
-        sharded. ``positions``: an index of the sequence. ``exclude_tokens``: ids without rows. ``columns``: entries of
+        gives its own. ``path``: a folder, or ``s3://`` or ``gs://``. ``select``: some columns of each row, by an index
+        or a function, also of sharded dims; a function that computes with values needs whole rows on every rank.
+        ``positions``: an index of the sequence. ``exclude_tokens``: ids without rows. ``columns``: entries of
         batches that are not the model's, a number a row, stored beside ``token_ids``. ``dtype``: rows are cast before
         they are copied. ``forward``: calls the model on a batch, such as a schedule's ``eval``. ``stop``: forwards end
         behind the last site. ``resume``: go on after the last commit of a store that the same data and options began.

@@ -7,8 +7,9 @@ be made (``Partial``) move: each rank receives the sum of its columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -269,10 +270,11 @@ def held(length: int, way: Way, places: Sequence[int]) -> Tensor:
     return found
 
 
-def cuts(length: int, ways: Iterable[Way]) -> list[int]:
+@lru_cache(maxsize=256)  # batches have few lengths
+def cuts(length: int, ways: frozenset[Way]) -> list[int]:
     """Where the sequence is cut between any ranks, from 0 to ``length``.
 
-    >>> cuts(8, [((2, False),), ((2, True),)])
+    >>> cuts(8, frozenset([((2, False),), ((2, True),)]))
     [0, 2, 4, 6, 8]
     """
     found = {0, length}

@@ -63,12 +63,12 @@ class Taking:
         self.memory: Callable[[tuple[int, int], torch.dtype], Tensor] = _new  # on the host
         self._copies, self._dtype = copies, dtype
         self._rank, self._own = rank, own_batches  # among the data-parallel ranks
-        self._ways: set[Way] = set()
+        self._ways: frozenset[Way] = frozenset()
         self._now: Step | None = None
         self._index: dict[Way, tuple[Tensor | None, list[tuple[int, int]]]] = {}
 
     def know(self, shares: dict[str, Share], ways: Iterable[Way]) -> None:
-        self.shares, self._ways = shares, set(ways)
+        self.shares, self._ways = shares, frozenset(ways)
 
     def begin(self, number: int, batch: Batch) -> None:
         self._now, self._index = Step(number, batch), {}

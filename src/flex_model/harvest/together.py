@@ -34,24 +34,32 @@ class Together:
 
     def each(self, act: Callable[[], T], what: str) -> T:
         """All ranks act, each for itself; the first error of any is raised on all."""
-        result: list[T] = []
+        return self._act(act, what, shown=False)[0][0]
+
+    def on_main(self, act: Callable[[], T], what: str) -> T:
+        """The main rank acts, and all have its result, or its error."""
+
+        def mine() -> tuple[T] | None:
+            return (act(),) if self.is_main else None
+
+        return next(result[0] for result in self._act(mine, what, shown=True)[1] if result is not None)
+
+    def _act(self, act: Callable[[], T], what: str, *, shown: bool) -> tuple[list[T], list[T | None]]:
+        """This rank's result, and where they are ``shown`` all ranks' results."""
+        mine: list[T] = []
         problem: FlexModelError | None = None
         try:
-            result.append(act())
+            mine.append(act())
         except FlexModelError as failure:
             if self.ranks == 1:
                 raise
             problem = failure
-        told = None if problem is None else (type(problem), problem.message, problem.page)
-        for rank, failed in enumerate(self.tell(told, what)):
-            if failed is not None:
-                kind, message, page = failed
+        failed = None if problem is None else (type(problem), problem.message, problem.page)
+        told = self.tell((failed, mine[0] if shown and mine else None), what)
+        for rank, (theirs, _) in enumerate(told):
+            if theirs is not None:
+                kind, message, page = theirs
                 shared = kind(f"on rank {self._runtime.whole.ranks[rank]}: {message}", page=page)
                 mark_shared(shared)
                 raise shared from problem
-        return result[0]
-
-    def on_main(self, act: Callable[[], T], what: str) -> T:
-        """The main rank acts, and all have its result, or its error."""
-        mine = self.each(lambda: (act(),) if self.is_main else None, what)
-        return next(theirs[0] for theirs in self.tell(mine, what) if theirs is not None)
+        return mine, [result for _, result in told]

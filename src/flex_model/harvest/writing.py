@@ -32,14 +32,14 @@ class Begun:
 
 
 class Writing:
-    """``next_step``: the first that is not in the store yet; ``rows`` and ``bytes``: written by this run, of this rank.
+    """``bytes``: written by this run, of this rank.
 
     A commit is made while later steps run, and counts at the next one, once every rank's rows are on disk.
     """
 
     def __init__(self, path: str | Path, together: Together, **limits: int) -> None:
         self.path, self.together, self._limits = path, together, limits
-        self.rows = self.bytes = 0
+        self.bytes = 0
         self._writer: StoreWriter | None = None
         self._pending: int | None = None
         self._places: dict[str, Any] = {}  # {step of a commit: where the loader was}, of the last two
@@ -147,7 +147,6 @@ class Writing:
                 sums = {} if piece.sums is None else {name: piece.sums}
                 self._writer.append(step.number, values, part=step.parts[name], owned=True, sums=sums)
                 self.bytes += rows.nbytes
-        self.rows += sum(count for _, count in parts)
 
     def commit(self, step: int, place: Any) -> None:
         """Begin to commit all up to ``step``, and make the commit before it count; ``place``: where the loader is

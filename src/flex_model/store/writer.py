@@ -26,7 +26,7 @@ from flex_model.store.commits import Commit
 from flex_model.store.dtypes import dtype_name, numpy_dtype, row_bytes
 from flex_model.store.lane import Folders, Lane, LaneKey
 from flex_model.store.manifest import Manifest, StoredSite
-from flex_model.store.place import Place, open_place, telling
+from flex_model.store.place import MANIFEST, Place, open_place, telling
 from flex_model.store.queue import Work, WriteQueue
 
 __all__ = ["StoreWriter"]
@@ -112,15 +112,18 @@ class StoreWriter:
         if not sites or manifest.sites.keys() & manifest.columns.keys():
             raise StoreError("expected at least one site, and columns of other names.", page="bad-argument")
         with telling(f"{place} cannot be made a store"):
-            session = 0
-            if place.read("manifest.json") is not None:
+            session, empty = 0, place.read(MANIFEST) is not None
+            if empty:
                 if not over_empty or commits.committed_steps(place):
                     raise StoreError(
                         f"{place} is a store already; resume it, or choose another path.", page="store-exists"
                     )
                 session = _session(place) + 1
             place.make()
-            _take(place, session)
+            if empty:
+                _take(place, session)
+            else:  # nothing in it is ours to remove
+                place.write(_SESSION, json.dumps({"session": session}).encode())
             manifest.save(place)
         limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
         return cls(place, manifest, session, rank=rank, ranks=ranks, **limits)
