@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "Leaf",
+    "as_call",
     "copy_tree",
     "find_leaves",
     "first_tensor",
@@ -38,6 +39,13 @@ class Leaf:
     index: int
     path: str
     tensor: Tensor
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of inputs that are given as one object: a dict is keywords, a tuple or list arguments."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
 def _key(entry: Any) -> str:

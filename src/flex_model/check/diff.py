@@ -9,8 +9,8 @@ from pathlib import Path
 from flex_model.check.measure import PROJECTIONS, Statistics
 from flex_model.check.recording import of_captured
 from flex_model.check.run import Place, Run, RunError
-from flex_model.check.table import as_text
 from flex_model.core.captured import Captured
+from flex_model.table import as_text
 
 __all__ = ["Diff", "DiffRow", "diff"]
 

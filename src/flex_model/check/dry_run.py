@@ -24,7 +24,7 @@ from flex_model.layout.layout import Layout
 from flex_model.layout.record import Watched, double_batch
 from flex_model.layout.twin import Twin, global_shapes
 from flex_model.layout.values import sharding
-from flex_model.trees import Leaf, find_leaves, input_leaves, resolve_index
+from flex_model.trees import Leaf, as_call, find_leaves, input_leaves, resolve_index
 
 __all__ = ["DryRun", "dry_run"]
 
@@ -63,7 +63,7 @@ def dry_run(fm: FlexModel, inputs: Any) -> DryRun:
     registered, and parameters, gradients, generators and ``save_ctx`` stay as they were. What an editing function does
     to other Python objects, it does.
     """
-    args, kwargs = _as_call(inputs)
+    args, kwargs = as_call(inputs)
     runtime = fm._runtime
     bounds = [b for b in runtime.bounds if b.enabled and b.edit is not None]
     refused = {id(b): why for b in bounds if (why := _cannot(runtime, b))}
@@ -80,12 +80,6 @@ def dry_run(fm: FlexModel, inputs: Any) -> DryRun:
             why = refused.get(id(bound)) or _why_unmet(bound, shown.get(_growth(runtime, bound)))
             rows.append(Trial(bound.name, bound.hook_type, untried=why))
     return rows
-
-
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
 # -- what can be known -----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from flex_model.check.run import Place, Run
 from flex_model.components.place import Place as At
 from flex_model.core.naming.globs import Pattern
 from flex_model.routing.collectives import all_gather_objects
-from flex_model.trees import find_leaves
+from flex_model.trees import as_call, find_leaves
 
 if TYPE_CHECKING:
     from flex_model.core.flex_model import FlexModel
@@ -75,7 +75,7 @@ def _run(
     from flex_model.core.flex_model import FlexModel
 
     runtime = fm._runtime
-    args, kwargs = _arguments(inputs)
+    args, kwargs = as_call(inputs)
     with _undisturbed(fm):
         with record(fm, None, patterns, grad=grad) as run:
             output = fm(*args, **kwargs)
@@ -106,12 +106,6 @@ def _run(
         report.add("parity", "not run", "", "no place was measured in both runs", "see the other rows")
     else:
         _add_parity(report, diff(theirs, run, rtol=rtol), run, grad)
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
 def _loss_of(fm: FlexModel, output: Any, loss: Loss | None) -> Tensor:

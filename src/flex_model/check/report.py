@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from flex_model.check.table import as_text, show
 from flex_model.errors import FlexModelError
+from flex_model.table import as_text, show
 
 __all__ = ["CheckFailed", "Report", "Row", "Status"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flex_model.check.measure import PROJECTIONS, Statistics
-from flex_model.check.table import as_text
 from flex_model.errors import FlexModelError, summary
+from flex_model.table import as_text
 
 __all__ = ["Place", "Run", "RunError", "What"]
 

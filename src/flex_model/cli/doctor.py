@@ -19,10 +19,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from flex_model import FlexModel
 from flex_model.check.doctor import examine_model, examine_processes, versions
 from flex_model.check.report import Report
-from flex_model.check.table import show
 from flex_model.cli.models import find_model, require
 from flex_model.cli.spread import Spread, Tp
 from flex_model.cli.start import Cache, launch, started, told
+from flex_model.table import show
 
 __all__ = ["doctor"]
 

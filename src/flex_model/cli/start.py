@@ -78,7 +78,7 @@ class Desk:
         """A picture, as a page and static where that can be drawn, and its table."""
         if not self.first:
             return
-        from flex_model.lens import save_figure
+        from flex_model.result import save_figure
 
         written = [save_figure(figure, self.out / f"{name}.html")]
         try:

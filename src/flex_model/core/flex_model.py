@@ -39,6 +39,7 @@ from flex_model.routing.delivery import Deliver
 
 if TYPE_CHECKING:
     from flex_model.check.report import Report
+    from flex_model.show import Picture
 
 __all__ = ["FlexModel"]
 
@@ -487,6 +488,26 @@ class FlexModel(Harvesting, nn.Module):
     def plan(self) -> list[PlanRow]:
         """What each hook costs: layout, collective and elements moved a call, from the layouts known so far."""
         return plan_rows(self._runtime)
+
+    def show(self, inputs: Any = None, *, forward: Callable[..., Any] | None = None) -> Picture:
+        """The model as a picture: modules, parameters, what passes them, layouts, hooks and their groups.
+
+        >>> fm.show(batch)                                                   # doctest: +SKIP
+        >>> print(fm)                                                        # doctest: +SKIP
+
+        With ``inputs`` (this rank's: a dict of keywords, a tuple of arguments, or one of them) one forward is looked
+        at, in eval mode, and what is found is kept; all ranks call it. ``forward`` calls the model instead, such as a
+        schedule's ``eval``. Without, and by ``print``, it shows what was found before, and what hooks have met. No
+        value is moved, only sizes.
+        """
+        from flex_model.show.picture import picture
+
+        return picture(self, inputs, forward)
+
+    def __str__(self) -> str:
+        from flex_model.show.picture import tree_of
+
+        return tree_of(self)
 
     def check(
         self,

@@ -228,10 +228,14 @@ class Outbox:
         return item
 
     def hand_over(self, bound: Bound, key: Any, local: Tensor, layout: Layout | None, *, rows: bool = False) -> None:
-        """This rank's shard to a sink of shards. ``rows``: its rows are tokens at experts."""
+        """This rank's shard to a sink of shards. ``rows``: its rows are tokens at experts, which only a sink with the
+        method ``part`` takes."""
         sink: Any = bound.sink
         try:
             if rows or layout is None or layout.parted:
+                if (part := getattr(sink, "part", None)) is not None:
+                    part(key, local)
+                    return
                 raise LayoutError(
                     f"{bound.where}: its rows are tokens at experts, in another order than the data's; take what the "
                     f"layer of experts puts out, or fm.capture and acts.rows().",

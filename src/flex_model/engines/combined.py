@@ -186,6 +186,9 @@ class Engines:
     def parted(self, owner: nn.Module, attribute: str) -> list[tuple[int, ...]]:
         return [line for e in self.found for line in e.parted(owner, attribute)]
 
+    def whole_shapes(self) -> dict[tuple[int, str], tuple[int, ...]]:
+        return {place: shape for e in self.found for place, shape in e.whole_shapes().items()}
+
     def stand_ins(self) -> dict[int, object]:
         return {place: other for e in self.found for place, other in e.stand_ins().items()}
 

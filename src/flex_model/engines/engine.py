@@ -177,6 +177,10 @@ class Engine:
         """The global shape of a parameter that does not tell itself; None: not mine."""
         return None
 
+    def whole_shapes(self) -> Mapping[tuple[int, str], tuple[int, ...]]:
+        """{(id of an owner, attribute): shape of the whole parameter}, where what the owner holds does not tell."""
+        return {}
+
     def stand_ins(self) -> Mapping[int, object]:
         """{id of an object that a copy of the model must not share or copy: what takes its place there}"""
         return {}

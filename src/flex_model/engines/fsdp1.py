@@ -55,6 +55,16 @@ class FSDP1Engine(Engine):
         shared = [info for handle in handles for info in handle.flat_param._shared_param_infos]
         return [((i.module, i.param_name), (i.prim_module, i.prim_param_name)) for i in shared]
 
+    def whole_shapes(self) -> dict[tuple[int, str], tuple[int, ...]]:
+        shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+        handles: list[Any] = [w._handle for w in FSDP.fsdp_modules(self.module) if w._handle is not None]
+        for flat in (handle.flat_param for handle in handles):
+            infos = zip(flat._param_infos, flat._shapes, strict=True)
+            shapes |= {(id(i.module), i.param_name): tuple(shape) for i, shape in infos}
+            for i in flat._shared_param_infos:
+                shapes[id(i.module), i.param_name] = shapes[id(i.prim_module), i.prim_param_name]
+        return shapes
+
     def _place(self, owner: nn.Module, attribute: str) -> tuple[Any, int, torch.Size] | None:
         """(handle, offset in the unsharded flat parameter, shape) of an original parameter."""
         for wrapper in FSDP.fsdp_modules(self.module):

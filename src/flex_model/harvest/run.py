@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flex_model.components.place import Place
 from flex_model.core.asked import asked
-from flex_model.core.block import hooks_on
+from flex_model.core.block import evaluating, hooks_on
 from flex_model.core.bound import Bound
 from flex_model.core.hook_function import HookFunction, HookType
 from flex_model.core.naming.globs import Pattern
@@ -120,15 +120,9 @@ class Run:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """The hooks are on, and the model is in eval mode without gradients."""
-        training = [m for m in self.fm.module.modules() if m.training]
-        with torch.no_grad(), hooks_on(self.runtime, self.bounds, self.spots, self.taking.refused, stop=self.job.stop):
-            for module in training:
-                module.training = False
-            try:
-                yield
-            finally:
-                for module in training:
-                    module.training = True
+        hooks = hooks_on(self.runtime, self.bounds, self.spots, self.taking.refused, stop=self.job.stop)
+        with torch.no_grad(), hooks, evaluating(self.fm.module):
+            yield
 
     def batch(self, given: Any, context: int | None) -> tuple[Batch, Batch]:
         """The whole batch of a step, whose first context has this number, and this rank's part of it."""

@@ -17,9 +17,9 @@ from flex_model.lens.induction import (
 from flex_model.lens.logit import LogitLens, Unembedding, logit_lens
 from flex_model.lens.patching import Patching, activation_patching, attribution_patching
 from flex_model.lens.probes import Probe, ProbeSweep, train_probe, train_probes
-from flex_model.lens.result import Result, save_figure
 from flex_model.lens.steering import SteeringVector, steering_vector
 from flex_model.lens.tuned import LensTraining, TunedLens
+from flex_model.result import Result, save_figure
 
 __all__ = [
     "AttentionPatterns",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from flex_model import FlexModel, FlexModelError
 from flex_model.errors import ComponentError
 from flex_model.lens.logit import Unembedding
-from flex_model.lens.result import Result, grid, long_table, whole
+from flex_model.lens.whole import whole
+from flex_model.result import Result, grid, long_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -18,8 +18,8 @@ from torch import Tensor
 from flex_model import FlexModel, FlexModelError
 from flex_model.lens.inputs import Inputs
 from flex_model.lens.patching import Metric, length_of, logits_of, metric_of
-from flex_model.lens.result import Result, grid, long_table
 from flex_model.lens.stream import Layer, Parts, Runs, Stream
+from flex_model.result import Result, grid, long_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

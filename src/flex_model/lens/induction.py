@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 
 from flex_model import FlexModel, edits
 from flex_model.lens.attention import per_head
-from flex_model.lens.result import Result, grid, long_table, whole
+from flex_model.lens.whole import whole
+from flex_model.result import Result, grid, long_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

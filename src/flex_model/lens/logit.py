@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flex_model import FlexModel, FlexModelError
-from flex_model.lens.result import Result, grid, long_table, whole
+from flex_model.lens.whole import whole
+from flex_model.result import Result, grid, long_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

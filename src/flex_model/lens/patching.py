@@ -17,8 +17,9 @@ from torch import Tensor
 from flex_model import FlexModel, FlexModelError, edits
 from flex_model.components.heads import Heads
 from flex_model.lens.inputs import Inputs, keywords
-from flex_model.lens.progress import progress_bar
-from flex_model.lens.result import Result, grid, long_table, whole
+from flex_model.lens.whole import whole
+from flex_model.progress import progress_bar
+from flex_model.result import Result, grid, long_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

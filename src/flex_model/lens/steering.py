@@ -13,7 +13,8 @@ from flex_model.edits import Preset, add
 from flex_model.edits.places import last_columns
 from flex_model.lens.inputs import Inputs, keywords
 from flex_model.lens.probes.fit import Recipe, fit
-from flex_model.lens.result import Result, lines, long_table, whole
+from flex_model.lens.whole import whole
+from flex_model.result import Result, lines, long_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

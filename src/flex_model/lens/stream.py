@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flex_model import FlexModel
 from flex_model.components.heads import Heads
 from flex_model.errors import ComponentError
-from flex_model.lens.result import whole
+from flex_model.lens.whole import whole
 
 if TYPE_CHECKING:
     from flex_model.core.captured import Captured

@@ -22,6 +22,7 @@ class Buffers:
         self._limit = limit
         self._free: list[tuple[int, int, NDArray[np.uint8]]] = []  # by size; the address decides between equals
         self._kept = 0
+        self._lent: dict[int, NDArray[np.uint8]] = {}  # by address
         self._lock = threading.Lock()
 
     def take(self, size: int) -> NDArray[np.uint8]:
@@ -41,3 +42,15 @@ class Buffers:
             if buffer.size >= _SMALL and self._kept + buffer.size <= self._limit:
                 insort(self._free, (buffer.size, buffer.ctypes.data, buffer))
                 self._kept += buffer.size
+
+    def lend(self, size: int) -> NDArray[np.uint8]:
+        """``size`` bytes of one, for somebody who gives them back without knowing of which."""
+        buffer = self.take(size)
+        with self._lock:
+            self._lent[buffer.ctypes.data] = buffer
+        return buffer[:size]
+
+    def returned(self, data: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """The one that was lent as ``data``, to be given once it is not needed any more; None of other memory."""
+        with self._lock:
+            return self._lent.pop(data.ctypes.data, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
@@ -28,10 +27,9 @@ from flex_model.store.lane import Folders, Lane, LaneKey
 from flex_model.store.manifest import Manifest, StoredSite
 from flex_model.store.place import MANIFEST, Place, open_place, telling
 from flex_model.store.queue import Work, WriteQueue
+from flex_model.store.session import Session
 
 __all__ = ["StoreWriter"]
-
-_SESSION = "session.json"
 
 
 class StoreWriter:
@@ -61,7 +59,7 @@ class StoreWriter:
         self,
         place: Place,
         manifest: Manifest,
-        session: int,
+        session: Session,
         *,
         rank: int,
         ranks: int,
@@ -78,11 +76,10 @@ class StoreWriter:
         self._segment_bytes = segment_bytes
         threads = 2 if place.buffers else min(4, max(2, (os.cpu_count() or 1) // 4))
         self._queue = WriteQueue(queue_bytes, threads=threads)
-        self._buffers = Buffers(0 if place.buffers else queue_bytes // 4)  # a bucket holds what it was given
-        self._lent: dict[int, Any] = {}  # by address
+        self._buffers = Buffers(0 if place.buffers else queue_bytes // 2)  # a bucket holds what it was given
         self._lanes: dict[LaneKey, Lane] = {}
         self._seen: dict[tuple[int, int], tuple[int, frozenset[LaneKey]]] = {}  # since the last commit
-        self._folders = Folders(f"segments/{session:04d}-{rank:05d}")
+        self._folders = Folders(f"segments/{session.number:04d}-{rank:05d}")
         self._closed = False
         with telling(f"{place} cannot be read"):
             self._committed = self._tabled = max(commits.committed_steps(place), default=-1)
@@ -112,18 +109,11 @@ class StoreWriter:
         if not sites or manifest.sites.keys() & manifest.columns.keys():
             raise StoreError("expected at least one site, and columns of other names.", page="bad-argument")
         with telling(f"{place} cannot be made a store"):
-            session, empty = 0, place.read(MANIFEST) is not None
-            if empty:
-                if not over_empty or commits.committed_steps(place):
-                    raise StoreError(
-                        f"{place} is a store already; resume it, or choose another path.", page="store-exists"
-                    )
-                session = _session(place) + 1
+            there = place.read(MANIFEST) is not None
+            if there and (not over_empty or commits.committed_steps(place)):
+                raise StoreError(f"{place} is a store already; resume it, or choose another path.", page="store-exists")
             place.make()
-            if empty:
-                _take(place, session)
-            else:  # nothing in it is ours to remove
-                place.write(_SESSION, json.dumps({"session": session}).encode())
+            session = Session.of(place).next() if there else Session.first(place)
             manifest.save(place)
         limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
         return cls(place, manifest, session, rank=rank, ranks=ranks, **limits)
@@ -145,9 +135,9 @@ class StoreWriter:
         """
         place, manifest, session = _opened(path)
         with telling(f"{place} cannot be resumed"):
-            _take(place, session + 1)
+            session = session.next()
         limits = {"segment_bytes": segment_bytes, "queue_bytes": queue_bytes}
-        return cls(place, manifest, session + 1, rank=rank, ranks=ranks, **limits)
+        return cls(place, manifest, session, rank=rank, ranks=ranks, **limits)
 
     @classmethod
     def join(
@@ -179,9 +169,7 @@ class StoreWriter:
         size = prod(shape) * dtype.itemsize
         if not size:
             return torch.empty(tuple(shape), dtype=dtype)
-        buffer = self._buffers.take(size)
-        self._lent[buffer.ctypes.data] = buffer
-        return torch.from_numpy(buffer[:size]).view(dtype).view(tuple(shape))
+        return torch.from_numpy(self._buffers.lend(size)).view(dtype).view(tuple(shape))
 
     def append(
         self,
@@ -271,7 +259,7 @@ class StoreWriter:
         buffer = None if owned else self._buffers.take(size)
         try:
             data = row_bytes(rows, dtype=dtype, out=None if buffer is None else buffer[:size])
-            buffer = self._lent.pop(data.ctypes.data, None) if owned else buffer
+            buffer = self._buffers.returned(data) if owned else buffer
         except BaseException:
             self._queue.put(key, lambda: None, reserved=size)
             raise
@@ -310,7 +298,7 @@ class StoreWriter:
                 f"expected to commit a step from {max(latest, self.next_step)}, got {step}.", page="bad-argument"
             )
         with telling(f"{self._place} cannot be written"):
-            self._check_session()
+            self._session.check()
         lanes, self._lanes, self._seen, self._committed = self._lanes, {}, {}, step
         self._table_of(step, lanes)
         if wait:
@@ -355,15 +343,15 @@ class StoreWriter:
         named = {str(number): moments for number, moments in enumerate(held.values())}
         file = commits.rank_file(step, self.rank, "safetensors")
         table.moments = commits.save_moments(self._place, file, named)
-        table.save(self._place, commits.rank_file(step, self.rank), session=self._session, lanes=list(held))
+        table.save(self._place, commits.rank_file(step, self.rank), session=self._session.number, lanes=list(held))
 
     def publish(self, step: int) -> None:
         """Make the commit of all ranks count, called by one rank after all have committed."""
         with telling(f"{self._place} cannot be written"):
-            self._check_session()
+            self._session.check()
             if step not in commits.committed_steps(self._place):  # with one rank it is there since commit
-                ranks, sites, ask = self.ranks, self._all, self._check_session
-                commits.join_ranks(self._place, step, ranks=ranks, session=self._session, sites=sites, allowed=ask)
+                ranks, sites, now = self.ranks, self._all, self._session
+                commits.join_ranks(self._place, step, ranks=ranks, session=now.number, sites=sites, allowed=now.check)
 
     def close(self, *, drop: bool = False) -> None:
         """End the threads. Rows that are not committed are lost, and refused without ``drop=True``."""
@@ -391,41 +379,14 @@ class StoreWriter:
         if self._closed:
             raise StoreError("this writer is closed; StoreWriter.resume opens the store again.", page="bad-argument")
 
-    def _check_session(self) -> None:
-        now = _session(self._place)
-        if now != self._session:
-            raise StoreError(
-                f"{self._place}: another writer took this store over; one at a time may write it.", page="store-taken"
-            )
 
-
-def _opened(path: str | Path) -> tuple[Place, Manifest, int]:
+def _opened(path: str | Path) -> tuple[Place, Manifest, Session]:
     place = open_place(path)
     with telling(f"{place} cannot be opened"):
         manifest = Manifest.load(place)
         if manifest is None:
             raise StoreError(f"{place} is no store; make one with StoreWriter.create.", page="store-exists")
-        return place, manifest, _session(place)
-
-
-def _take(place: Place, session: int) -> None:
-    """First of all tell a writer that still runs; on a full disk there is no room for that before some was made."""
-    told = json.dumps({"session": session}).encode()
-    try:
-        place.write(_SESSION, told)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        commits.drop_uncommitted(place)
-        place.write(_SESSION, told)
-    commits.drop_uncommitted(place)
-
-
-def _session(place: Place) -> int:
-    data = place.read(_SESSION)
-    if data is None:
-        raise StoreError(f"{place} is gone, or {_SESSION} in it.", page="store-place")
-    return int(json.loads(data)["session"])
+        return place, manifest, Session.of(place)
 
 
 def _about() -> dict[str, Any]:

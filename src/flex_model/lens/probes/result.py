@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flex_model import FlexModelError
 from flex_model.lens.probes.fit import Kind, Weights, read_out
-from flex_model.lens.result import Result, grid, lines, long_table
+from flex_model.result import Result, grid, lines, long_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -13,7 +13,7 @@ from flex_model import FlexModel, FlexModelError
 from flex_model.components.place import Place
 from flex_model.edits.places import last_columns
 from flex_model.lens.inputs import Inputs, keywords
-from flex_model.lens.result import whole
+from flex_model.lens.whole import whole
 
 __all__ = ["IGNORED", "Batches", "Read", "Rows", "collect"]
 

@@ -18,7 +18,7 @@ from flex_model.components.place import Place
 from flex_model.lens.probes.fit import Kind, Optimizing, Recipe, fit, score
 from flex_model.lens.probes.result import Probe, ProbeSweep, Tokens
 from flex_model.lens.probes.rows import Batches, Rows, collect
-from flex_model.lens.progress import progress_bar
+from flex_model.progress import progress_bar
 
 __all__ = ["Probe", "ProbeSweep", "train_probe", "train_probes"]
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from flex_model import FlexModel, FlexModelError
 from flex_model.lens.logit import Unembedding, divergence
-from flex_model.lens.progress import progress_bar
-from flex_model.lens.result import Result, grid, long_table, whole
 from flex_model.lens.tokens import chosen_rows, whole_mask
 from flex_model.lens.tuned.checkpoint import Checkpoint
 from flex_model.lens.tuned.ranks import Ranks
+from flex_model.lens.whole import whole
+from flex_model.progress import progress_bar
+from flex_model.result import Result, grid, long_table
 from flex_model.routing.watch import mark_shared
 
 if TYPE_CHECKING:

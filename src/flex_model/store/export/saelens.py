@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flex_model.errors import StoreError
-from flex_model.lens.progress import progress_bar
+from flex_model.progress import progress_bar
 from flex_model.store.export.contexts import Contexts, Windows
 from flex_model.store.export.selection import Selection, piece
 from flex_model.store.export.shards import Exported, Shards

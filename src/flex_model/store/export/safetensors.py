@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flex_model.lens.progress import progress_bar
+from flex_model.progress import progress_bar
 from flex_model.store.export.selection import Selection, piece, torch_dtype
 from flex_model.store.export.shards import Exported, Shards
 from flex_model.store.export.staging import Sink, staging

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
-from flex_model.errors import DeliveryError, FlexModelError
+from flex_model.errors import FlexModelError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-    from flex_model.core.captured import Captured
-
-__all__ = ["Result", "grid", "lines", "long_table", "save_figure", "whole"]
+__all__ = ["Result", "grid", "lines", "long_table", "save_figure"]
 
 _STATIC = (".png", ".svg", ".pdf")
 
@@ -83,16 +81,6 @@ def _size(figure: Figure) -> dict[str, int]:
     cells = getattr(figure.data[0], "z", None) if figure.data else None
     rows, columns = (0, 0) if cells is None or not len(cells) else (len(cells), len(cells[0]))
     return {"width": min(2400, max(700, 200 + 18 * columns)), "height": min(2400, max(450, 180 + 18 * rows))}
-
-
-def whole(acts: Captured, key: str) -> Tensor:
-    """A captured value that is one tensor, which it is not where ranks' inputs differ in length."""
-    value = acts[key]
-    if isinstance(value, Tensor):
-        return value
-    raise DeliveryError(
-        f"{key!r} came in parts, because ranks' inputs have other lengths; pad them to one.", page="no-rectangle"
-    )
 
 
 def long_table(names: Sequence[str], **columns: Tensor) -> DataFrame:

@@ -1,0 +1,67 @@
+"""``fold``: neighbours that are alike in everything that is shown are one line, ``layers.0-29``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from flex_model.show.outline import Node
+
+__all__ = ["Folded", "fold"]
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """One module, or several that are alike: ``first`` is the first of them, ``children`` are its own, folded."""
+
+    label: str
+    first: Node
+    times: int
+    children: tuple[Folded, ...]
+
+
+def fold(root: Node) -> Folded:
+    """The tree with runs of numbered modules that are alike as one; names of lists are put before their only entry."""
+    marks: dict[object, int] = {}
+    of: dict[int, int] = {}
+    for node in reversed([*root.walk()]):  # children first
+        of[id(node)] = marks.setdefault(_looks(node, of), len(marks))
+    return _folded([root], of)
+
+
+def _looks(node: Node, of: dict[int, int]) -> object:
+    row = node.row
+    hooks = tuple((h.row.hook_type, h.row.groups, h.row.enabled, h.row.fired, h.row.edits, h.plan) for h in node.hooks)
+    return (
+        row.kind,
+        row.fires,
+        bool(row.same_as),
+        row.stages,
+        tuple(replace(p, same_as="") for p in row.parameters),
+        tuple(replace(v, evidence="") for v in row.values),
+        tuple((*h[:-1], h[-1].collective, h[-1].elements) for h in hooks),
+        bool(node.unfired),
+        tuple((child.label, of[id(child)]) for child in node.children),
+    )
+
+
+def _folded(run: Sequence[Node], of: dict[int, int]) -> Folded:
+    first = run[0]
+    children = tuple(_folded(one, of) for one in _runs(first.children, of))
+    label = first.label if len(run) == 1 else f"{first.label}-{run[-1].label}"
+    if len(children) == 1 and len(run) == 1 and not (first.row.fires or first.row.parameters or first.hooks):
+        only = children[0]
+        return Folded(f"{label}.{only.label}" if label else only.label, only.first, only.times, only.children)
+    return Folded(label, first, len(run), children)
+
+
+def _runs(nodes: Sequence[Node], of: dict[int, int]) -> list[list[Node]]:
+    runs: list[list[Node]] = []
+    for node in nodes:
+        last = runs[-1][-1] if runs else None
+        follows = last is not None and last.label.isdigit() and node.label.isdigit() and of[id(last)] == of[id(node)]
+        if follows:
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+    return runs

@@ -1,0 +1,212 @@
+"""``fm.show``: the shapes in the picture are those of the unsharded model, under every engine; the tree in a terminal."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import engines
+import models
+import pipelines
+import pytest
+import torch
+from oracle import plain_hooks
+from test_families import CANNOT, place
+from test_pipeline_transformers import load
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from worlds import run_world
+
+from flex_model import FlexModel, HookFunction
+from flex_model.errors import FlexModelError
+from flex_model.show import Outline
+
+KINDS = {"in": "forward_pre", "out": "forward"}
+Shapes = dict[tuple[str, str, int], tuple[int, ...]]
+
+
+def shown(outline: Outline) -> tuple[Shapes, dict[str, str]]:
+    """What the picture says of every value that has a whole, and why others have none."""
+    shapes, refused = {}, {}
+    for node in outline.root.walk():
+        for value in node.row.values:
+            if value.shape is None:
+                refused[node.row.name] = value.refusal or " ".join(value.placements)
+            else:
+                shapes[node.row.name, KINDS[value.side], value.index] = value.shape
+    return shapes, refused
+
+
+def expected(plain: nn.Module, run: Any) -> Shapes:
+    with torch.no_grad():
+        return {key: tuple(values[0].shape) for key, values in plain_hooks(plain, run, backward=False).items()}
+
+
+def compared(plain: nn.Module, run: Any, outline: Outline) -> list[Any]:
+    """[places that are right, that are wrong, that are missing, refusals, whole parameters, those of the plain model]"""
+    want, (found, refused) = expected(plain, run), shown(outline)
+    wrong = {str(k): (want.get(k), s) for k, s in found.items() if want.get(k) != s}
+    missing = [str(k) for k in want if k not in found and k[0] not in refused]
+    sizes = outline.root.size, sum(p.numel() for p in plain.parameters())
+    return [len(found) - len(wrong), wrong, missing, refused, *sizes]
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------
+def _engine(engine: str) -> list[Any]:
+    plain, tokens = models.net(), models.tokens()
+    placed = engines.place(engine, copy.deepcopy(plain))
+    fm = FlexModel(placed.model)
+    outline = fm.show(placed.mine(tokens)).outline
+    locals_ = {n.row.name: v.local for n in outline.root.walk() for v in n.row.values if v.side == "out"}
+    met: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, value: Any) -> None:
+        local = value.to_local() if isinstance(value, DTensor) else value
+        met.setdefault(name, tuple(local.shape))
+
+    for name, module in fm._runtime.names.modules.items():
+        module.register_forward_hook(lambda m, a, out, name=name: note(name, out))
+    with torch.no_grad():
+        placed.model(placed.mine(tokens))
+    here = {name: (shape, met[name]) for name, shape in locals_.items() if name and met[name] != shape}
+    return [*compared(plain, lambda m: m(tokens), outline), here, [a.kind for a in outline.axes]]
+
+
+@pytest.mark.parametrize("engine", [*engines.TWO_RANKS, *engines.FOUR_RANKS])
+def test_shapes_of_every_value(engine: str) -> None:
+    for right, wrong, missing, refused, whole, plain, here, kinds in run_world(
+        2 if engine in engines.TWO_RANKS else 4, _engine, engine
+    ):
+        print(f"{engine}: {right} shapes as in the plain model")
+        assert not wrong and not missing and not refused and not here
+        assert whole == plain and kinds
+
+
+def _family(engine: str, family: str, path: Path) -> list[Any]:
+    plain = models.make(family)
+    placed = place(engine, plain, path)
+    batch = models.inputs(family)
+    fm = FlexModel(placed.model)
+    outline = fm.show({k: placed.mine(v) for k, v in batch.items()}).outline
+    return compared(models.make(family), lambda m: m(**batch), outline)
+
+
+FAMILIES = ("llama", "gpt2", "qwen3_moe", "t5")
+
+
+@pytest.mark.parametrize(
+    ("engine", "family"), [(e, f) for e in ("none", "tp", "fsdp2") for f in FAMILIES if (e, f) not in CANNOT]
+)
+def test_shapes_of_families(engine: str, family: str, tmp_path: Path) -> None:
+    models.make(family).save_pretrained(tmp_path)
+    rows = [_family(engine, family, tmp_path)] if engine == "none" else run_world(2, _family, engine, family, tmp_path)
+    for right, wrong, missing, refused, whole, plain in rows:
+        print(f"{family}/{engine}: {right} shapes as in the plain model; without a whole: {refused}")
+        assert not wrong and not missing
+        assert all("experts" in name for name in refused), refused
+        assert whole == plain
+
+
+def _stages(family: str, path: Path) -> list[Any]:
+    plain, model = load(family, path)
+    batch = models.inputs(family)
+    picture = FlexModel(model).show(batch)
+    stages = {n.row.name: n.row.stages for n in picture.outline.root.walk()}
+    return [*compared(plain, lambda m: m(**batch), picture.outline), stages["model.layers.0"], stages["model.layers.1"]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_pipeline_of_transformers(family: str, tmp_path: Path) -> None:
+    models.make(family).save_pretrained(tmp_path)
+    for right, wrong, missing, refused, whole, plain, first, second in run_world(2, _stages, family, tmp_path):
+        print(f"{family}/pp: {right} shapes as in the plain model")
+        assert not wrong and not missing and all("experts" in name for name in refused)
+        assert whole == plain and (first, second) == ((0,), (1,))
+
+
+def _schedule(name: str) -> list[Any]:
+    plain, tokens = models.net(), models.tokens()
+    pipe = pipelines.Pipe(plain, name)
+    schedule, fm = pipe.schedule(), FlexModel(pipe.module)
+    picture = fm.show(tokens, forward=lambda batch: pipelines.step(schedule, batch, train=False))
+    return [*compared(plain, lambda m: m(tokens), picture.outline), str(picture)]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
+def test_a_pipeline_of_torch(schedule: str) -> None:
+    for right, wrong, missing, refused, whole, plain, text in run_world(2, _schedule, schedule):
+        print(f"{schedule}: {right} shapes as in the plain model\n{text}")
+        assert not wrong and not refused and whole == plain
+
+
+# -- the tree ----------------------------------------------------------------------------------------------------
+def test_repeated_blocks_are_folded() -> None:
+    fm = FlexModel(models.make("llama"))
+    lines = str(fm.show(models.inputs("llama"))).splitlines()
+    assert any("layers.0-1 x2" in line and "each" in line for line in lines)
+    assert sum("q_proj" in line for line in lines) == 1
+    with fm.edit("model.layers.1.mlp", lambda x: x * 2):
+        lines = str(fm).splitlines()
+    assert sum("q_proj" in line for line in lines) == 2 and not any("x2" in line for line in lines)
+
+
+def test_before_a_forward_there_are_no_shapes() -> None:
+    fm = FlexModel(models.net())
+    assert "fm.show(inputs) finds all" in str(fm) and "output" not in str(fm).splitlines()[1]
+    assert str(fm.show()) == str(fm)
+    fm.show(models.tokens())
+    assert "output" in str(fm).splitlines()[1]
+
+
+def test_hooks_are_shown_where_they_are() -> None:
+    fm = FlexModel(models.net())
+    one = HookFunction("layers.0.mlp", editing_function=torch.tanh)
+    fm.register_forward_hook(one)
+    fm.register_hook(HookFunction("head.weight"))
+    fm.update_hook_groups(one, "steering")
+    with fm.groups("steering"):
+        text = str(fm)
+    mlp = next(line for line in text.splitlines() if " mlp" in line and "●" in line)
+    assert re.search(r"● forward edit \[steering\]", mlp)
+    head = next(line for line in text.splitlines() if "head" in line)
+    assert "○ tensor" in head
+
+
+class Odd(nn.Module):
+    """Runs one part twice and another never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.never = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.pair = nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pair((self.twice(self.twice(x)), x))
+
+
+def test_what_runs_twice_and_never() -> None:
+    fm = FlexModel(Odd())
+    picture = fm.show(torch.ones(3, 4))
+    lines = {line.split()[1]: line for line in str(picture).splitlines() if "─" in line}
+    assert "runs 2 times" in lines["twice"] and "did not run" in lines["never"] and "and 1 more" in lines["pair"]
+    assert "does not use it" in next(n for n in picture.outline.root.walk() if n.label == "never").unfired
+    assert not [h for h in fm.hooks()] and fm.module.twice._forward_hooks == {}
+
+
+def test_training_goes_on_as_before() -> None:
+    fm = FlexModel(models.net()).train()
+    before = torch.get_rng_state()
+    fm.show(models.tokens())
+    assert fm.module.training and all(m.training for m in fm.module.modules())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_picture_is_saved(tmp_path: Path) -> None:
+    picture = FlexModel(models.net()).show(models.tokens())
+    assert picture.save(tmp_path / "net.txt").read_text(encoding="utf-8") == f"{picture}\n"
+    assert "<svg" in picture.save(tmp_path / "net.svg").read_text(encoding="utf-8")
+    assert len(picture.tree(0).splitlines()) == 3
+    with pytest.raises(FlexModelError, match="expected a path that ends in"):
+        picture.save(tmp_path / "net.jpeg")
