@@ -5,7 +5,7 @@ It is data, which the pictures draw: a tree in a terminal (``tree.py``), a page 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ class Outline:
     engines: tuple[str, ...]
     groups: tuple[str, ...]
     observed: bool
+    diagrams: Mapping[str, str] = field(default_factory=dict)  # {module: how values flow in it, as SVG}
 
     @property
     def stages(self) -> bool:
