@@ -1,4 +1,4 @@
-"""``fm.show``: the shapes in the picture are those of the unsharded model, under every engine; the tree in a terminal."""
+"""``fm.show``: shapes in the picture are those of the unsharded model, under every engine; the tree in a terminal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def expected(plain: nn.Module, run: Any) -> Shapes:
 
 
 def compared(plain: nn.Module, run: Any, outline: Outline) -> list[Any]:
-    """[places that are right, that are wrong, that are missing, refusals, whole parameters, those of the plain model]"""
+    """[right places, wrong ones, missing ones, refusals, whole parameters, those of the plain model]"""
     want, (found, refused) = expected(plain, run), shown(outline)
     wrong = {str(k): (want.get(k), s) for k, s in found.items() if want.get(k) != s}
     missing = [str(k) for k in want if k not in found and k[0] not in refused]
@@ -136,7 +136,7 @@ def _schedule(name: str) -> list[Any]:
 
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
 def test_a_pipeline_of_torch(schedule: str) -> None:
-    for right, wrong, missing, refused, whole, plain, text in run_world(2, _schedule, schedule):
+    for right, wrong, _, refused, whole, plain, text in run_world(2, _schedule, schedule):
         print(f"{schedule}: {right} shapes as in the plain model\n{text}")
         assert not wrong and not refused and whole == plain
 

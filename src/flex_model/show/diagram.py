@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
+from typing import Any
 
 from flex_model.show.flow import IN, OUT, Flow
 
@@ -30,16 +31,15 @@ def diagram(flow: Flow) -> str:
     labels = sorted(flow.labels, key=lambda label: (label != IN, label == OUT))
     arrows = [(labels.index(a), labels.index(b)) for a, b in flow.arrows]
     graph = igraph.Graph(n=len(labels), edges=arrows, directed=True)
+    layout: Any = graph.layout_sugiyama(maxiter=200)
+    bends = layout.edge_routing  # where an arrow passes layers
     widths = [max(_HIGH, len(_shown(label)) * _WIDE + 16) for label in labels]
-    made, extended = graph.layout_sugiyama(hgap=1, vgap=1, maxiter=200, return_extended_graph=True)
-    places = _spread(made.coords, widths)
-    paths: dict[int, list[tuple[float, float]]] = {}
-    for edge in extended.es:
-        path = paths.setdefault(edge["_original_eid"], [])
-        for end in (edge.source, edge.target):
-            if places[end] not in path:
-                path.append(places[end])
-    parts = [_path(sorted(path, key=lambda p: p[1])) for path in paths.values()]
+    coords = [*layout.coords[: len(labels)], *(place for turns in bends for place in turns)]
+    places = _spread(coords, widths)
+    rest = iter(places[len(labels) :])
+    parts = []
+    for (start, end), turns in zip(arrows, bends, strict=True):
+        parts.append(_path([places[start], *(next(rest) for _ in turns), places[end]]))
     parts += [_node(label, *place, width) for label, place, width in zip(labels, places, widths, strict=False)]
     wide = max(x + w / 2 for (x, _), w in zip(places, [*widths, *[8.0] * len(places)], strict=False)) + 8
     high = max(y for _, y in places) + _HIGH
@@ -53,15 +53,17 @@ def diagram(flow: Flow) -> str:
 
 
 def _shown(label: str) -> str:
-    return label.partition(" ")[0] if label[:1] in "+×" else label
+    return label.partition(" ")[0] if label[:1] in "+\u00d7" else label
 
 
 def _spread(coords: list[list[float]], widths: list[float]) -> list[tuple[float, float]]:
     """igraph's places in pixels: columns as wide as their widest node, layers as high as a node and a gap."""
-    columns = sorted({round(x, 3) for x, _ in coords})
-    widest = {c: max([8.0, *(w for (x, _), w in zip(coords, widths, strict=False) if round(x, 3) == c)]) for c in columns}
+    widest: dict[float, float] = {}
+    for place, (x, _) in enumerate(coords):
+        width = widths[place] if place < len(widths) else 8.0
+        widest[round(x, 3)] = max(width, widest.get(round(x, 3), 0.0))
     left, at = 8.0, {}
-    for column in columns:
+    for column in sorted(widest):
         at[column] = left + widest[column] / 2
         left += widest[column] + 14
     return [(at[round(x, 3)], _HIGH / 2 + 8 + y * (_HIGH + _GAP)) for x, y in coords]
@@ -84,7 +86,7 @@ def _path(points: list[tuple[float, float]]) -> str:
 def _node(label: str, x: float, y: float, width: float) -> str:
     text = _shown(label)
     half, ends = width / 2, label in (IN, OUT)
-    if label[:1] in "+×":
+    if label[:1] in "+\u00d7":
         shape = f'<circle class="node" cx="{x:.1f}" cy="{y:.1f}" r="{_HIGH / 2:.0f}"/>'
     else:
         shape = (

@@ -7,7 +7,7 @@ stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flex_model.trees import tensors
 
-__all__ = ["IN", "OUT", "Flow", "watch_flow"]
+__all__ = ["IN", "OUT", "Flow", "joined", "watch_flow"]
 
 IN, OUT = "in", "out"
-_SIGNS = {"add": "+", "mul": "×"}
+_SIGNS = {"add": "+", "mul": "\u00d7"}
 Origins = frozenset[str]
 
 
@@ -37,6 +37,11 @@ class Flow:
     @property
     def labels(self) -> list[str]:
         return list(dict.fromkeys(label for arrow in self.arrows for label in arrow))
+
+    def merged(self, names: Mapping[str, str]) -> Flow:
+        """With other labels; what then is one node has no arrow to itself."""
+        renamed = ((names.get(a, a), names.get(b, b)) for a, b in self.arrows)
+        return Flow({(a, b): None for a, b in renamed if a != b})
 
 
 @dataclass(slots=True)
@@ -68,7 +73,10 @@ class _Frame:
 def _storage(value: Tensor) -> int:
     value = value._local_tensor if isinstance(value, DTensor) else value
     value = getattr(value, "elem", value)  # of a collective that is not over yet
-    return value.untyped_storage()._cdata
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a quantised weight, say, has none of its own
+        return -id(value)
 
 
 class _Watch(TorchDispatchMode):
@@ -136,3 +144,19 @@ def watch_flow(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Flow]]:
         for handle in handles:
             handle.remove()
         flows.update({n: f for n, f in watch.flows.items() if any({*a} - {IN, OUT} for a in f.arrows)})
+
+
+def joined(told: Iterable[Mapping[str, Flow]]) -> dict[str, Flow]:
+    """The flows of all stages of a pipeline in their order: what one hands out is what comes into the next."""
+    flows: dict[str, Flow] = {}
+    for name, flow in (pair for theirs in told for pair in theirs.items()):
+        before = flows.setdefault(name, Flow())
+        ends = [a for a, b in before.arrows if b == OUT]
+        if not ends:
+            before.arrows.update(flow.arrows)
+            continue
+        arrows = [(a, b) for a, b in before.arrows if b != OUT]
+        arrows += [(end, b) for a, b in flow.arrows if a == IN for end in ends]
+        arrows += [(a, b) for a, b in flow.arrows if a != IN]
+        flows[name] = Flow(dict.fromkeys(arrows))
+    return flows

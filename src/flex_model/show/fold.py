@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flex_model.show.outline import Node
@@ -18,6 +18,23 @@ class Folded:
     first: Node
     times: int
     children: tuple[Folded, ...]
+    run: tuple[Node, ...] = ()
+
+    def walk(self) -> Iterator[Folded]:
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def labels(self, name: str) -> dict[str, str]:
+        """{path below module ``name``: the path with folded labels} of modules that are folded below it."""
+        start, found = len(name) + 1 if name else 0, {}
+        for folded in self.walk():
+            if folded.times > 1:
+                above = folded.first.row.name.rpartition(".")[0][start:]
+                label = f"{folded.run[0].label}-{folded.run[-1].label}"
+                for node in folded.run:
+                    found[node.row.name[start:]] = f"{above}.{label}" if above else label
+        return found
 
 
 def fold(root: Node) -> Folded:
@@ -51,8 +68,8 @@ def _folded(run: Sequence[Node], of: dict[int, int]) -> Folded:
     label = first.label if len(run) == 1 else f"{first.label}-{run[-1].label}"
     if len(children) == 1 and len(run) == 1 and not (first.row.fires or first.row.parameters or first.hooks):
         only = children[0]
-        return Folded(f"{label}.{only.label}" if label else only.label, only.first, only.times, only.children)
-    return Folded(label, first, len(run), children)
+        return replace(only, label=f"{label}.{only.label}" if label else only.label)
+    return Folded(label, first, len(run), children, tuple(run))
 
 
 def _runs(nodes: Sequence[Node], of: dict[int, int]) -> list[list[Node]]:

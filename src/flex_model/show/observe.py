@@ -20,6 +20,7 @@ from flex_model.core.hook_function import HookFunction, HookType, Site
 from flex_model.core.register import bind
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.routing.collectives import all_gather_objects, extremes
+from flex_model.show.flow import Flow, joined, watch_flow
 from flex_model.show.rows import ValueRow, words
 
 if TYPE_CHECKING:
@@ -82,10 +83,12 @@ def _dtype(value: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """``values``: of each side of a module; ``unfired``: {a module that did not run: why, if that can be told}."""
+    """``values``: of each side of a module; ``unfired``: {a module that did not run: why, if that can be told};
+    ``flows``: inside the modules that call others."""
 
     values: dict[Place, list[ValueRow]]
     unfired: dict[str, str]
+    flows: dict[str, Flow]
 
 
 def observe(
@@ -93,21 +96,26 @@ def observe(
 ) -> Seen:
     """Every tensor of every module that ran, of all stages; the same on every rank. Collective.
 
-    ``forward``: calls the model, such as a schedule's ``eval``. In eval mode without gradients; no value is kept.
+    ``forward``: calls the model, such as a schedule's ``eval``. It is called twice, the second time for the flows, in
+    eval mode without gradients; no value is kept.
     """
     runtime = fm._runtime
     runtime.look()
     notes = _Notes()
     bounds = _bounds(runtime, notes)
-    with hooks_on(runtime, bounds, [], {}, tell=False) as block, evaluating(fm.module):
-        (forward or fm)(*args, **kwargs)
+    run = forward or fm
+    with torch.random.fork_rng(runtime.gpus), evaluating(fm.module):
+        with hooks_on(runtime, bounds, [], {}, tell=False) as block:
+            run(*args, **kwargs)
+        with watch_flow(runtime.names.modules) as flows:
+            run(*args, **kwargs)
     whole = _whole_shapes(runtime, bounds, notes)
     values = {
         place: [replace(row, shape=whole.get((place, i), row.shape)) for i, row in rows.items()]
         for place, rows in notes.seen.items()
     }
     unfired = {b.name: block.explain(b.key, False) for b in bounds if not b.fired and b.module is not None}
-    return _of_all_stages(runtime, Seen(values, unfired))
+    return _of_all_stages(runtime, Seen(values, unfired, flows))
 
 
 def _bounds(runtime: Runtime, notes: _Notes) -> list[Bound]:
@@ -161,6 +169,5 @@ def _of_all_stages(runtime: Runtime, mine: Seen) -> Seen:
     for place, rows in (pair for seen in told for pair in seen.values.items()):
         if place not in values or not any(row.evidence for row in values[place]):  # by the stage that has the module
             values[place] = rows
-    return Seen(
-        values, {name: why for seen in told for name, why in seen.unfired.items() if (name, "out") not in values}
-    )
+    unfired = {name: why for seen in told for name, why in seen.unfired.items() if (name, "out") not in values}
+    return Seen(values, unfired, joined([seen.flows for seen in told]))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from flex_model.core.report import HookRow, PlanRow, SiteRow, hook_rows, plan_rows, site_rows
 from flex_model.routing.collectives import all_gather_objects
+from flex_model.show.flow import Flow
 from flex_model.show.observe import Seen
 from flex_model.show.rows import ModuleRow, ParameterRow, ValueRow, module_rows
 
@@ -66,7 +68,20 @@ class Outline:
     engines: tuple[str, ...]
     groups: tuple[str, ...]
     observed: bool
-    diagrams: Mapping[str, str] = field(default_factory=dict)  # {module: how values flow in it, as SVG}
+    flows: Mapping[str, Flow] = field(default_factory=dict)
+
+    @cached_property
+    def diagrams(self) -> dict[str, str]:
+        """{module: how values flow between those that it calls, as SVG}, of the first of modules that are alike."""
+        from flex_model.show.diagram import diagrams
+        from flex_model.show.fold import fold
+
+        flows: dict[str, Flow] = {}
+        for folded in fold(self.root).walk():
+            name = folded.first.row.name
+            if name in self.flows:
+                flows[name] = self.flows[name].merged(folded.labels(name))
+        return diagrams(flows)
 
     @property
     def stages(self) -> bool:
@@ -84,16 +99,17 @@ def outline(runtime: Runtime, seen: Seen | None, *, together: bool = False) -> O
     for row, plan in zip(hook_rows(runtime), plan_rows(runtime), strict=True):
         owner = row.name if row.name in rows else row.name.rpartition(".")[0]
         hooks.setdefault(owner, []).append(Hooked(row, plan))
-    whole = runtime.whole
+    whole, root = runtime.whole, _tree(rows, hooks, seen.unfired if seen else {})
     kinds = ("sequence" if a.sequence else a.kind for a in whole.axes)
     return Outline(
-        _tree(rows, hooks, seen.unfired if seen else {}),
+        root,
         tuple(AxisRow(a.name, a.size, kind) for a, kind in zip(whole.axes, kinds, strict=True)),
         whole.grid.tolist() if whole.axes else 0,
         whole.rank,
         tuple(runtime.engines.names),
         tuple(runtime.groups.names),
         seen is not None,
+        seen.flows if seen else {},
     )
 
 
