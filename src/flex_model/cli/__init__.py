@@ -12,12 +12,13 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"flex-model needs {missing.name}; run: pip install 'flex-model[cli]'") from missing
 
-from flex_model.cli import doctor, harvest, induction, lens, patch, steer
+from flex_model.cli import doctor, harvest, induction, lens, patch, show, steer
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
+    show.show,
     induction.induction,
     lens.lens,
     patch.patch,

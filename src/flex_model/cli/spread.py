@@ -42,34 +42,44 @@ class Spread:
     def _sizes(self) -> dict[str, int]:
         return {"tp": self.tp, "fsdp": self.fsdp, "pp": self.pp}
 
+    @property
+    def config_sizes(self) -> dict[str, Any]:
+        """What transformers' ``DistributedConfig`` takes."""
+        return {f"{axis}_size": size for axis, size in self._sizes.items() if size > 1}
+
+    @property
+    def asked(self) -> str:
+        """The options that say this."""
+        return " ".join(f"--{axis} {size}" for axis, size in self._sizes.items() if size > 1) or "--tp 1"
+
     def check(self, folder: Path) -> Any:
         """The model's configuration, if it can be split like this. Raises ModelError."""
         from transformers import AutoConfig
 
         started = int(os.environ.get("WORLD_SIZE", self.processes)) if "RANK" in os.environ else self.processes
-        asked = " ".join(f"--{axis} {size}" for axis, size in self._sizes.items() if size > 1) or "--tp 1"
         if started != self.processes:
             raise ModelError(
-                f"{asked} was asked for, but torchrun started {started} processes.", page="split-impossible"
-            )
-        if self.pp > 1 and self.tp * self.fsdp > 1:
-            raise ModelError(
-                f"{asked}: transformers runs its pipelines without other axes; give --pp alone.",
-                page="split-impossible",
+                f"{self.asked} was asked for, but torchrun started {started} processes.", page="split-impossible"
             )
         try:
             config = AutoConfig.from_pretrained(folder, **SAFE).get_text_config()
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ModelError(f"--model {folder}: transformers cannot read its config.json: {reason}") from error
-        self._check_sizes(folder, config)
+        self.check_config(config, str(folder))
         return config
 
-    def _check_sizes(self, folder: Path, config: Any) -> None:
+    def check_config(self, config: Any, model: str) -> None:
+        """Raises ModelError if a model of this configuration cannot be split like this."""
+        if self.pp > 1 and self.tp * self.fsdp > 1:
+            raise ModelError(
+                f"{self.asked}: transformers runs its pipelines without other axes; give --pp alone.",
+                page="split-impossible",
+            )
         heads, layers = getattr(config, "num_attention_heads", 0), getattr(config, "num_hidden_layers", 0)
         if not heads:
             raise ModelError(
-                f"--model {folder}: a {config.model_type} model has no attention heads.", page="split-impossible"
+                f"--model {model}: a {config.model_type} model has no attention heads.", page="split-impossible"
             )
         groups = getattr(config, "num_key_value_heads", None) or heads
         common = gcd(heads, groups)
@@ -93,8 +103,7 @@ class Spread:
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         options: dict[str, Any] = {"attn_implementation": "eager", "use_safetensors": True, "dtype": dtype, **SAFE}
         if self.processes > 1:
-            sizes: dict[str, Any] = {f"{axis}_size": size for axis, size in self._sizes.items() if size > 1}
-            options["distributed_config"] = DistributedConfig(**sizes)
+            options["distributed_config"] = DistributedConfig(**self.config_sizes)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
         if self.processes == 1:
             model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -189,6 +189,9 @@ class Engines:
     def whole_shapes(self) -> dict[tuple[int, str], tuple[int, ...]]:
         return {place: shape for e in self.found for place, shape in e.whole_shapes().items()}
 
+    def kept_parameters(self) -> dict[tuple[int, str], Tensor]:
+        return {place: kept for e in self.found for place, kept in e.kept_parameters().items()}
+
     def stand_ins(self) -> dict[int, object]:
         return {place: other for e in self.found for place, other in e.stand_ins().items()}
 

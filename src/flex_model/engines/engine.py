@@ -181,6 +181,11 @@ class Engine:
         """{(id of an owner, attribute): shape of the whole parameter}, where what the owner holds does not tell."""
         return {}
 
+    def kept_parameters(self) -> Mapping[tuple[int, str], Tensor]:
+        """{(id of an owner, attribute): what is kept of a parameter between steps} where its owner may hold something
+        else at the moment."""
+        return {}
+
     def stand_ins(self) -> Mapping[int, object]:
         """{id of an object that a copy of the model must not share or copy: what takes its place there}"""
         return {}

@@ -82,18 +82,20 @@ class FSDP2Engine(Engine):
         )
         return new.full_tensor()
 
-    def _managed(self, owner: nn.Module, attribute: str) -> Any:
-        """FSDP2's record of a parameter; the module itself may hold the unsharded one at the moment."""
+    def kept_parameters(self) -> dict[tuple[int, str], Tensor]:
+        return {(id(owner), name): record.sharded_param for owner, name, record in self._records()}
+
+    def _records(self) -> Iterator[tuple[nn.Module, str, Any]]:
+        """(owner, attribute, FSDP2's record) of its parameters; the owner may hold the unsharded one at the moment."""
         for module in self.module.modules():
             for record in (p for g in _groups(module) for p in g.fsdp_params):
                 info = record._module_info
-                places = [
-                    (info.module, info.param_name),
-                    *zip(info.shared_modules, info.shared_param_names, strict=True),
-                ]
-                if any(m is owner and n == attribute for m, n in places):
-                    return record
-        return None
+                yield info.module, info.param_name, record
+                for owner, name in zip(info.shared_modules, info.shared_param_names, strict=True):
+                    yield owner, name, record
+
+    def _managed(self, owner: nn.Module, attribute: str) -> Any:
+        return next((r for m, n, r in self._records() if m is owner and n == attribute), None)
 
     def _grad(self, owner: nn.Module, attribute: str) -> DTensor | None:
         record = self._managed(owner, attribute)

@@ -55,7 +55,7 @@ def _looks(node: Node, of: dict[int, int]) -> object:
         bool(row.same_as),
         row.stages,
         tuple(replace(p, same_as="") for p in row.parameters),
-        tuple(replace(v, evidence="") for v in row.values),
+        tuple(replace(v, evidence="", refusal="refused" if v.refusal else "") for v in row.values),
         tuple((*h[:-1], h[-1].collective, h[-1].elements) for h in hooks),
         bool(node.unfired),
         tuple((child.label, of[id(child)]) for child in node.children),

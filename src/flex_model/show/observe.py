@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from flex_model.core.flex_model import FlexModel
     from flex_model.core.runtime import Runtime
 
-__all__ = ["Seen", "observe"]
+__all__ = ["Seen", "Values", "observe"]
 
 Place = tuple[str, str]  # name of a module, side
+Values = dict[Place, list[ValueRow]]
 _SIDES: tuple[tuple[HookType, str], ...] = (("forward_pre", "in"), ("forward", "out"))
 _DIMS = 8
 
@@ -86,7 +87,7 @@ class Seen:
     """``values``: of each side of a module; ``unfired``: {a module that did not run: why, if that can be told};
     ``flows``: inside the modules that call others."""
 
-    values: dict[Place, list[ValueRow]]
+    values: Values
     unfired: dict[str, str]
     flows: dict[str, Flow]
 
@@ -132,8 +133,11 @@ def _bounds(runtime: Runtime, notes: _Notes) -> list[Bound]:
 
 
 def _whole_shapes(runtime: Runtime, bounds: Sequence[Bound], notes: _Notes) -> dict[tuple[Place, int], tuple[int, ...]]:
-    """Local sizes, added up along the axes of each value's shards. A rank that met no value adds nothing."""
+    """Local sizes, added up along the axes of each value's shards. A rank that met no value adds nothing. Ranks that
+    are not there add nothing either, and shapes are those that the layouts were found with."""
     mesh = runtime.mesh
+    if mesh.axes and dist.get_backend() == "fake":
+        return {spot: layout.shape for spot, layout in notes.layouts.items()}
     places = [_place(b.key)[0] for b in bounds if isinstance(b.key, Site)]
     counts = torch.tensor([max(notes.seen.get(p, {-1: None}), default=-1) + 1 for p in places], dtype=torch.long)
     if mesh.axes and len(counts):
@@ -165,7 +169,7 @@ def _of_all_stages(runtime: Runtime, mine: Seen) -> Seen:
         return mine
     with runtime.watch.at("what stages have seen"):
         told: list[Seen] = all_gather_objects(mine, runtime.whole.group(axis))
-    values: dict[Place, list[ValueRow]] = {}
+    values: Values = {}
     for place, rows in (pair for seen in told for pair in seen.values.items()):
         if place not in values or not any(row.evidence for row in values[place]):  # by the stage that has the module
             values[place] = rows

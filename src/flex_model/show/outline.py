@@ -5,7 +5,7 @@ It is data, which the pictures draw: a tree in a terminal (``tree.py``), a page 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from flex_model.show.rows import ModuleRow, ParameterRow, ValueRow, module_rows
 if TYPE_CHECKING:
     from flex_model.core.runtime import Runtime
 
-__all__ = ["AxisRow", "Hooked", "Node", "Outline", "outline"]
+__all__ = ["AxisRow", "Hooked", "Node", "Outline", "outline", "over_stages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,17 @@ def _complete(runtime: Runtime, rows: dict[str, ModuleRow]) -> None:
     for name, theirs in (pair for parameters in told for pair in parameters.items()):
         if not rows[name].parameters:
             rows[name].parameters = [replace(p, local=None) for p in theirs]
+
+
+def over_stages(whole: Outline, held: Sequence[Collection[str]]) -> Outline:
+    """An outline of the plain model as the first rank of a pipeline has it. ``held``: names of each stage's modules."""
+    for node in whole.root.walk():
+        row = node.row
+        row.stages = tuple(stage for stage, names in enumerate(held) if row.name in names)
+        if 0 not in row.stages:
+            row.parameters = [replace(p, local=None) for p in row.parameters]
+    _count(whole.root)
+    return whole
 
 
 def _known(runtime: Runtime) -> dict[tuple[str, str], list[ValueRow]]:

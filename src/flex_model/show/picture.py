@@ -40,7 +40,11 @@ class Picture:
     __repr__ = __str__
 
     def __rich__(self) -> RenderableType:
-        return rich_tree(self.outline)
+        return self.drawn()
+
+    def drawn(self, depth: int | None = None) -> RenderableType:
+        """The tree in colours, for ``rich.print``, of ``depth`` levels below the model."""
+        return rich_tree(self.outline, depth)
 
     def tree(self, depth: int | None = None) -> str:
         """The tree as text, of ``depth`` levels below the model."""

@@ -88,13 +88,20 @@ def module_rows(runtime: Runtime) -> dict[str, ModuleRow]:
     names = runtime.names
     others = names.others("module")
     rows = {
-        n: ModuleRow(n, names.class_of(n), not names.never_fires(n), others.get(n, ""), _stages(runtime, n))
+        n: ModuleRow(n, _class_of(runtime, n), not names.never_fires(n), others.get(n, ""), _stages(runtime, n))
         for n in names.everywhere()
     }
     for name, row in _parameter_rows(runtime):
         if name in rows:
             rows[name].parameters.append(row)
     return rows
+
+
+def _class_of(runtime: Runtime, name: str) -> str:
+    """As it was before an engine swapped it."""
+    module = runtime.names.modules.get(name)
+    plain = None if module is None else runtime.engines.plain_class(module)
+    return runtime.names.class_of(name) if plain is None else plain.__name__
 
 
 def _stages(runtime: Runtime, name: str) -> tuple[int, ...]:
@@ -104,11 +111,12 @@ def _stages(runtime: Runtime, name: str) -> tuple[int, ...]:
 def _parameter_rows(runtime: Runtime) -> Iterator[tuple[str, ParameterRow]]:
     """(name of the module, row)."""
     names, engines = runtime.names, runtime.engines
-    told, tied = engines.whole_shapes(), names.others("parameter")
+    told, kept, tied = engines.whole_shapes(), engines.kept_parameters(), names.others("parameter")
     of = {id(m): n for n, m in reversed(names.modules.items())}
     for name, (owner, attribute) in names.parameters.items():
-        parameter = names.parameter(name)
-        whole = told.get((id(owner), attribute))
+        place = id(owner), attribute
+        parameter = kept.get(place, names.parameter(name))
+        whole = told.get(place)
         if parameter is None and whole is None:
             continue
         spec = None if parameter is None else sharding(parameter)

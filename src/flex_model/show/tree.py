@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def headline(outline: Outline) -> str:
 
 def plain(outline: Outline, depth: int | None = None) -> str:
     """The tree as text. ``depth``: of how many levels."""
-    lines = [*_lines(fold(outline.root), depth)]
+    lines = [*_lines(outline, depth)]
     columns = _used(outline, lines)
     rows = [[line.guide + line.cells["module"], *(line.cells.get(c, "") for c in columns[1:])] for line in lines]
     return f"{headline(outline)}\n{as_text(columns, rows)}"
@@ -79,7 +79,7 @@ def rich_tree(outline: Outline, depth: int | None = None) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    lines = [*_lines(fold(outline.root), depth)]
+    lines = [*_lines(outline, depth)]
     columns = _used(outline, lines)
     table = Table(*columns, box=None, pad_edge=False, header_style="bold dim")
     for column in table.columns:
@@ -95,21 +95,22 @@ def _used(outline: Outline, lines: list[Line]) -> list[str]:
     return [c for c in _COLUMNS if c == "module" or any(line.cells.get(c) for line in lines)]
 
 
-def _lines(root: Folded, depth: int | None) -> Iterator[Line]:
-    yield _line(root, "", depth == 0)
-    yield from _below(root, "", 1, depth)
+def _lines(outline: Outline, depth: int | None) -> Iterator[Line]:
+    root, axes = fold(outline.root), [a.name for a in outline.axes if a.kind != "stage"]
+    yield _line(root, "", depth == 0, axes)
+    yield from _below(root, "", 1, depth, axes)
 
 
-def _below(folded: Folded, guide: str, level: int, depth: int | None) -> Iterator[Line]:
+def _below(folded: Folded, guide: str, level: int, depth: int | None, axes: Sequence[str]) -> Iterator[Line]:
     if depth is not None and level > depth:
         return
     for child in folded.children:
         last = child is folded.children[-1]
-        yield _line(child, guide + ("└─ " if last else "├─ "), level == depth)
-        yield from _below(child, guide + ("   " if last else "│  "), level + 1, depth)
+        yield _line(child, guide + ("└─ " if last else "├─ "), level == depth, axes)
+        yield from _below(child, guide + ("   " if last else "│  "), level + 1, depth, axes)
 
 
-def _line(folded: Folded, guide: str, cut: bool) -> Line:
+def _line(folded: Folded, guide: str, cut: bool, axes: Sequence[str]) -> Line:
     node = folded.first
     out = [v for v in node.row.values if v.side == "out"]
     first = out[0] if out else None
@@ -122,7 +123,7 @@ def _line(folded: Folded, guide: str, cut: bool) -> Line:
         "parameters": _parameters(node, folded.times),
         "output": _output(node, first, len(out)),
         "here": _here(first),
-        "layout": _layout(first),
+        "layout": _layout(first, axes),
         "stage": ", ".join(map(str, node.row.stages)),
         "hooks": ", ".join(map(_hook, node.hooks)),
     }
@@ -154,10 +155,11 @@ def _here(value: ValueRow | None) -> str:
     return "" if same or value is None else str(value.local)
 
 
-def _layout(value: ValueRow | None) -> str:
+def _layout(value: ValueRow | None, axes: Sequence[str]) -> str:
     if value is None or value.refusal:
         return ""
-    return " ".join(word for word in value.placements if word not in ("R", "whole"))
+    named = zip(axes, value.placements, strict=False)
+    return ", ".join(f"{axis}: {word}" for axis, word in named if word not in ("R", "whole"))
 
 
 def _hook(hooked: Hooked) -> str:
