@@ -95,12 +95,12 @@ def _imported(tree: ast.Module) -> set[str]:
 
 def test_nothing_is_served() -> None:
     able = {f for f, tree in TREES.items() if {"socket", "socketserver", "http.server", "asyncio"} & _imported(tree)}
-    assert able == {"check/pause.py", "check/doctor.py", "cli/processes.py"}
+    assert able == {"check/pause.py", "check/doctor.py", "cli/processes.py", "show/watch/server.py"}
     served = [(f, c) for f, c, _ in _calls() if c.rpartition(".")[2] in SERVERS and f in able]
-    assert served == [("check/pause.py", "socket.create_server")]
+    assert served == [("check/pause.py", "socket.create_server"), ("show/watch/server.py", "ThreadingHTTPServer")]
     assert not [f for f, c, _ in _calls() if c.rpartition(".")[2] == "TCPStore"]
-    server = next(n for f, c, n in _calls() if c == "socket.create_server")
-    assert ast.unparse(server.args[0]) == "('127.0.0.1', port)"
+    servers = [n for _, c, n in _calls() if c in ("socket.create_server", "ThreadingHTTPServer")]
+    assert [ast.unparse(n.args[0]) for n in servers] == ["('127.0.0.1', port)"] * 2
     texts = [n.value for t in TREES.values() for n in ast.walk(t) if isinstance(n, ast.Constant)]
     assert not {"0.0.0.0", "::", "[::]", "*:0"} & {t for t in texts if isinstance(t, str)}
 

@@ -12,7 +12,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"flex-model needs {missing.name}; run: pip install 'flex-model[cli]'") from missing
 
-from flex_model.cli import doctor, harvest, induction, lens, patch, show, steer
+from flex_model.cli import doctor, harvest, induction, lens, patch, show, steer, watch
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,7 @@ for command in (
     patch.patch,
     steer.steer,
     harvest.harvest,
+    watch.watch,
     doctor.doctor,
 ):
     app.command()(command)

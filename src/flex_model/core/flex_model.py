@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -503,6 +503,20 @@ class FlexModel(Harvesting, nn.Module):
         from flex_model.show.picture import picture
 
         return picture(self, inputs, forward)
+
+    def log(self, path: str | Path, *patterns: Pattern | Place, every: int = 1) -> AbstractContextManager[None]:
+        """While the block runs, write what each forward does to the folder ``path``, for ``flex-model watch path``.
+
+        >>> with fm.log("run", fm.at("resid_post"), every=10):               # doctest: +SKIP
+        ...     train(fm)
+
+        Each rank appends to a file of its own: when, which hooks have fired, and of the values that the patterns match,
+        each ``every`` forwards, the root mean square. Nothing is moved between ranks, and a folder
+        that cannot be written any more is a warning. All ranks enter and leave the block.
+        """
+        from flex_model.show.log import logged
+
+        return logged(self, path, patterns, every)
 
     def __str__(self) -> str:
         from flex_model.show.picture import tree_of
