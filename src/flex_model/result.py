@@ -139,21 +139,39 @@ def lines(curves: Mapping[str, tuple[Tensor, Tensor]], *, title: str, x: str, y:
     return _titled(figure, title, x, y)
 
 
-def panels(traces: Mapping[str, Any], *, title: str, x: str, y: str, columns: int, size: int = 260) -> Figure:
-    """Small multiples: a trace of plotly's each, by name, on axes that all share; ``size``: of a panel, in pixels."""
+def panels(
+    traces: Mapping[str, Any],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    columns: int,
+    own_axes: bool = False,
+    size: int = 260,
+) -> Figure:
+    """Small multiples: a trace of plotly's each, by name, on axes that all share or on ``own_axes``; ``size``: of a
+    panel, in pixels."""
     _graph_objects()
     from plotly.subplots import make_subplots
 
     rows, columns = -(-len(traces) // columns), min(columns, len(traces))
-    gaps = {"horizontal_spacing": 24 / (size * columns), "vertical_spacing": 36 / (size * rows)}
-    figure = make_subplots(rows, columns, True, True, subplot_titles=[as_label(n) for n in traces], **gaps)
+    wide, high = (70, 70) if own_axes else (24, 36)
+    figure = make_subplots(
+        rows,
+        columns,
+        shared_xaxes=not own_axes,
+        shared_yaxes=not own_axes,
+        subplot_titles=[as_label(n) for n in traces],
+        horizontal_spacing=wide / ((size + wide) * columns),
+        vertical_spacing=high / ((size + high) * rows),
+    )
     for i, trace in enumerate(traces.values()):
         figure.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
     _titled(figure, title, "", "")
     figure.update_xaxes(title_text=as_label(x), row=rows)
     figure.update_yaxes(title_text=as_label(y), col=1)
     figure.update_annotations(font_size=13)
-    return figure.update_layout(width=140 + size * columns, height=170 + size * rows)
+    return figure.update_layout(width=140 + (size + wide) * columns, height=170 + (size + high) * rows)
 
 
 def as_label(label: str) -> str:

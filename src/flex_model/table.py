@@ -48,4 +48,5 @@ def as_svg(renderable: Any, *, width: int, title: str = "") -> str:
 
     console = Console(record=True, file=StringIO(), width=width)
     console.print(renderable)
+    console.print()  # or what hangs below the last line is cut off
     return console.export_svg(title=title)

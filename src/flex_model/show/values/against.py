@@ -15,9 +15,9 @@ from flex_model.core.naming.globs import Pattern
 from flex_model.errors import DeliveryError
 from flex_model.show.values.difference import Difference, difference
 from flex_model.show.values.entry import Entry, chosen, of_call
-from flex_model.show.values.heat import MEASURES, Measure, heat, measured, one_row
+from flex_model.show.values.heat import MEASURES, Measure, heat, measured, one_row, title_of
 from flex_model.show.values.labels import Tokens
-from flex_model.show.values.picture import ValuesPicture, number, title_of
+from flex_model.show.values.picture import ValuesPicture, number
 from flex_model.show.values.sheet import Row, Sheet, SheetPicture
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class DifferencePicture(SheetPicture):
             raise DeliveryError("the captures have no value in common; print the picture to see why.")
         (first, rows), (second, _) = (one_row(of_call(chosen(side, names), call), row) for side in sides)
         numbers = {n: _apart(what, x, second[n], n) for n, x in first.items() if x is not None}
-        title = f"{title_of(what)} of the difference"
+        title = "Relative difference" if what == "relative" else f"{title_of(what)} of the difference"
         return heat(numbers, title, row=row, rows=rows, tokens=tokens, decode=decode)
 
 

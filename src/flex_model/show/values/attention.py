@@ -102,7 +102,7 @@ def attention(
     figure.update_yaxes(autorange="reversed")
     if labels is not None:
         marks = ticks(numbered(labels), most=32)
-        figure.update_xaxes(**marks, tickfont_size=10).update_yaxes(tickfont_size=10)
+        figure.update_xaxes(**marks, tickfont_size=10, tickangle=-90).update_yaxes(tickfont_size=10)
         if first.shape[-2] == first.shape[-1]:
             figure.update_yaxes(**marks)
     return figure

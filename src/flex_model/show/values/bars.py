@@ -36,7 +36,7 @@ def overlaid(found: Mapping[str, Histogram], within: float, log: bool) -> Figure
         for trace, colour in zip(figure.data, colours, strict=True):
             trace.line.color = colour
         figure.update_layout(legend_title_text="layer")
-    return figure.update_yaxes(type="log", exponentformat="power") if log else figure
+    return _logarithmic(figure) if log else figure
 
 
 def multiples(found: Mapping[str, Histogram], within: float, log: bool) -> Figure:
@@ -56,11 +56,14 @@ def multiples(found: Mapping[str, Histogram], within: float, log: bool) -> Figur
             x=(x[:-1] + width / 2).tolist(), y=y[:-1].tolist(), width=float(width), marker_color="#3b6fb6"
         )
     columns = min(4, ceil(sqrt(len(bars))))
-    figure = panels(bars, title=_title("", within), x="value", y="density", columns=columns)
+    figure = panels(bars, title=_title("", within), x="value", y="density", columns=columns, own_axes=True)
     figure.update_layout(showlegend=False, bargap=0)
-    figure.update_xaxes(matches=None, showticklabels=True)
-    figure.update_yaxes(matches=None, showticklabels=True)
-    return figure.update_yaxes(type="log", exponentformat="power") if log else figure
+    return _logarithmic(figure) if log else figure
+
+
+def _logarithmic(figure: Figure) -> Figure:
+    out: Figure = figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    return out
 
 
 def _density(histogram: Histogram, within: float) -> tuple[Tensor, Tensor]:

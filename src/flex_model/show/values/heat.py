@@ -16,7 +16,7 @@ from flex_model.show.values.labels import Tokens, short_names, token_labels
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["MEASURES", "Measure", "heat", "measured", "one_row"]
+__all__ = ["MEASURES", "Measure", "heat", "measured", "one_row", "title_of"]
 
 Measure = str | Callable[[Tensor], Tensor]
 MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,6 +25,20 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
     "std": lambda x: x.std(-1, correction=0),
     "max": lambda x: x.abs().amax(-1),
 }
+
+_TITLES = {"norm": "L2 norm", "mean": "Mean", "std": "Standard deviation", "max": "Largest absolute value"}
+
+
+def title_of(what: Measure) -> str:
+    """Of a function its name.
+
+    >>> title_of("norm"), title_of(abs), title_of(lambda x: x[..., 0])
+    ('L2 norm', 'abs', 'measure')
+    """
+    if isinstance(what, str):
+        return _TITLES.get(what, what)
+    name = getattr(what, "__name__", "<")
+    return "measure" if "<" in name else name.replace("_", " ")
 
 
 def one_row(values: Mapping[str, Value], row: int) -> tuple[dict[str, Tensor | None], int]:

@@ -47,7 +47,7 @@ class Histogram:
     def _fitting(self, low: float, high: float) -> int:
         """The least exponent at which these and all before fit in."""
         largest = max(abs(low), abs(high))
-        exponent = max(self._exponent, -1000, frexp(largest)[1] - _FINEST)
+        exponent = max(self._exponent, -1000, frexp(largest)[1] - _FINEST if largest else -1000)
         if len(self.counts):
             low = min(low, self._first * 2.0**self._exponent)
             high = max(high, (self._first + len(self.counts) - 1) * 2.0**self._exponent)

@@ -14,7 +14,7 @@ from flex_model.errors import DeliveryError, FlexModelError
 from flex_model.show.values.attention import Chosen, attention, heads_of
 from flex_model.show.values.bars import multiples, overlaid
 from flex_model.show.values.entry import Entry, chosen, entries, of_call
-from flex_model.show.values.heat import Measure, heat, measured, one_row
+from flex_model.show.values.heat import Measure, heat, measured, one_row, title_of
 from flex_model.show.values.labels import Tokens
 from flex_model.show.values.sheet import Row, Sheet, SheetPicture
 from flex_model.show.values.summary import Summary, summarise
@@ -22,7 +22,7 @@ from flex_model.show.values.summary import Summary, summarise
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["ValuesPicture", "number", "title_of"]
+__all__ = ["ValuesPicture", "number"]
 
 _COLUMNS = ("name", "shape", "dtype", "mean", "std", "norm", "min", "max", "zeros", "nonfinite", "histogram")
 
@@ -33,12 +33,6 @@ def number(value: float) -> str:
     ('1.235e+03', '-')
     """
     return "-" if isnan(value) else f"{value:.4g}"
-
-
-def title_of(measure: Measure) -> str:
-    return (
-        measure if isinstance(measure, str) else getattr(measure, "__name__", "measure").replace("<lambda>", "measure")
-    )
 
 
 class ValuesPicture(SheetPicture):
@@ -74,7 +68,8 @@ class ValuesPicture(SheetPicture):
         if self.away:
             return Sheet(f"no {self._what} are here: {self.away}", _COLUMNS, [])
         rows = [_row(str(e), self.summaries.get(str(e)), e.why) for e in self.entries]
-        return Sheet(f"{len(self.summaries)} {self._what}", _COLUMNS, rows)
+        count = len(self.summaries)
+        return Sheet(f"{count} {self._what.removesuffix('s') if count == 1 else self._what}", _COLUMNS, rows)
 
     def heatmap(
         self,

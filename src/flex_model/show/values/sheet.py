@@ -103,7 +103,7 @@ def _side(column: str) -> str:
 
 
 def _style(column: str) -> str:
-    return {"name": "bold", "dtype": "dim", "histogram": "cyan", "nonfinite": "yellow"}.get(column, "")
+    return {"name": "bold", "dtype": "dim", "histogram": "cyan"}.get(column, "")
 
 
 class SheetPicture(ABC):
@@ -150,4 +150,4 @@ class SheetPicture(ABC):
     def _svg(self) -> str:
         lines = [line for line in str(self).splitlines() if line]
         wide = max(len(line) for line in lines[: len(self.sheet.filled) + 2])
-        return as_svg(self, width=max(60, wide + 12), title=self.sheet.title)
+        return as_svg(self, width=max(60, wide + 2))

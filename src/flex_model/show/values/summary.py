@@ -84,13 +84,14 @@ class _Sums:
         self._moments(known)
         self.histogram.add(known)
         squares = torch.where(finite, x, 0.0).square_().sum(-1)
-        if x.dim() == 1:
-            self.squares += float(squares)
-            squares = torch.tensor([self.squares]) if last else squares.new_zeros(0)
-        if last:
-            self.norms += float(squares.sqrt().sum())
+        if x.dim() > 1:
+            self.norms += float(squares.sqrt_().sum())
             self.rows += squares.numel()
-            self.squares = 0.0
+            return
+        self.squares += float(squares)
+        if last:
+            self.norms += sqrt(self.squares)
+            self.rows, self.squares = self.rows + 1, 0.0
 
     def _moments(self, known: Tensor) -> None:
         n = known.numel()
