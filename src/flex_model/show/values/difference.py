@@ -27,6 +27,7 @@ class Difference:
 
 def difference(a: Tensor, b: Tensor) -> Difference:
     """
+    >>> import torch
     >>> found = difference(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
     >>> found.largest, found.mean, found.relative, found.cosine
     (4.0, 2.0, 0.8, 0.6)

@@ -29,8 +29,8 @@ _COLUMNS = ("name", "shape", "dtype", "mean", "std", "norm", "min", "max", "zero
 
 def number(value: float) -> str:
     """
-    >>> number(1234.5678), number(float("nan"))
-    ('1.235e+03', '-')
+    >>> number(1234.5678), number(12345.678), number(float("nan"))
+    ('1235', '1.235e+04', '-')
     """
     return "-" if isnan(value) else f"{value:.4g}"
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Row", "Sheet", "SheetPicture"]
 
 _CSS = (
-    "border-collapse:collapse;font:13px ui-monospace,SFMono-Regular,Menlo,monospace;font-variant-numeric:tabular-nums"
+    "border-collapse:collapse;color:inherit;font:13px ui-monospace,SFMono-Regular,Menlo,monospace;"
+    "font-variant-numeric:tabular-nums"
 )
 _CELL = "padding:2px 10px;white-space:pre;text-align:"
 _LEFT = ("name", "dtype", "shape", "histogram", "")
@@ -89,7 +90,7 @@ class Sheet:
     def _line(self, row: Row) -> str:
         pairs = zip(self.columns, row.cells, strict=True)
         cells = "".join(f'<td style="{_CELL}{_side(column)}">{escape(cell)}</td>' for column, cell in pairs)
-        return f'<tr style="color:#c62828">{cells}</tr>' if row.alert else f"<tr>{cells}</tr>"
+        return f'<tr style="color:#d64545">{cells}</tr>' if row.alert else f"<tr>{cells}</tr>"
 
     def page(self) -> str:
         head = (
