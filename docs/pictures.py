@@ -104,7 +104,7 @@ def statistics(fm: FlexModel, ids: Tensor, path: Path) -> None:
 def norms(fm: FlexModel, ids: Tensor, decode: Callable[[int], str], path: Path) -> None:
     """Norms of the residual stream, layer by position
 
-    The logarithm of the L2 norm: the first token is a sink whose norm is a hundred times that of the others."""
+    The logarithm of the L2 norm: from layer 11 to 27 that of the first token is a hundred times that of others."""
     with torch.no_grad(), fm.capture(fm.at("resid_post")) as acts:
         fm(ids)
 

@@ -603,6 +603,19 @@ def test_pages_need_no_chromium(tmp_path: Path) -> None:
         assert "plotly" in save_figure(figure, tmp_path / f"{i}.html").read_text(encoding="utf-8")
 
 
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = captured(**{"@pattern.0": normal(1, 2, 3, 3)}, a=normal(1, 3, 4)).show()
+    for module in ("plotly", "plotly.graph_objects", "rich.console"):
+        monkeypatch.setitem(sys.modules, module, None)
+    drawn = (picture.heatmap, picture.attention, picture.histogram, lambda: picture.histogram(together=False))
+    for draw in drawn:
+        with pytest.raises(FlexModelError, match=r"pictures need plotly; install flex-model\[plot\]"):
+            draw()
+    with pytest.raises(FlexModelError, match=r"needs rich; install flex-model\[cli\]"):
+        picture.save(tmp_path / "a.svg")
+    assert picture.save(tmp_path / "a.html").exists() and "2 values" in str(picture)
+
+
 # -- the page of pictures --------------------------------------------------------------------------------------
 def test_the_page_of_pictures_is_up_to_date() -> None:
     path = Path(__file__).parent.parent / "docs" / "pictures.py"

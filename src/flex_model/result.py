@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-__all__ = ["Result", "as_label", "grid", "lines", "long_table", "numbered", "panels", "save_figure", "ticks", "writes"]
+__all__ = [
+    "Result",
+    "as_label",
+    "graph_objects",
+    "grid",
+    "lines",
+    "long_table",
+    "numbered",
+    "panels",
+    "save_figure",
+    "ticks",
+    "writes",
+]
 
 _STATIC = (".png", ".svg", ".pdf")
 
@@ -116,7 +128,7 @@ def grid(
 ) -> Figure:
     """A heatmap of ``(rows, columns)``; ``centred``: of differences, so that white is none. ``labels`` of the columns,
     which are numbered, and of the ``rows``."""
-    go = _graph_objects()
+    go = graph_objects()
     given: dict[str, Any] = {"colorscale": "RdBu_r", "zmid": 0} if centred else {"colorscale": "Blues"}
     if text is not None:
         given |= {"text": [list(map(as_label, row)) for row in text], "texttemplate": "%{text}"}
@@ -131,7 +143,7 @@ def grid(
 
 def lines(curves: Mapping[str, tuple[Tensor, Tensor]], *, title: str, x: str, y: str, points: bool = False) -> Figure:
     """Curves by name, each ``(x, y)``; ``points``: not joined."""
-    go = _graph_objects()
+    go = graph_objects()
     mode = "markers" if points else "lines+markers"
     figure = go.Figure(
         [go.Scatter(x=a.tolist(), y=b.tolist(), name=as_label(n), mode=mode) for n, (a, b) in curves.items()]
@@ -151,7 +163,7 @@ def panels(
 ) -> Figure:
     """Small multiples: a trace of plotly's each, by name, on axes that all share or on ``own_axes``; ``size``: of a
     panel, in pixels."""
-    _graph_objects()
+    graph_objects()
     from plotly.subplots import make_subplots
 
     rows, columns = -(-len(traces) // columns), min(columns, len(traces))
@@ -195,7 +207,8 @@ def ticks(labels: Sequence[str], *, most: int = 64) -> dict[str, Any]:
     return {"tickvals": places, "ticktext": [as_label(labels[i]) for i in places]}
 
 
-def _graph_objects() -> Any:
+def graph_objects() -> Any:
+    """plotly's; raises FlexModelError where it is not installed."""
     try:
         import plotly.graph_objects as go
     except ImportError:

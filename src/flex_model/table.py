@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from flex_model.errors import FlexModelError
+
 __all__ = ["as_svg", "as_text", "show"]
 
 _STYLES = {"ok": "green", "fail": "bold red", "refused": "yellow", "not run": "yellow"}
@@ -44,7 +46,12 @@ def as_svg(renderable: Any, *, width: int, title: str = "") -> str:
     """What rich prints as a picture, ``width`` characters wide."""
     from io import StringIO
 
-    from rich.console import Console
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise FlexModelError(
+            "a .svg of a table needs rich; install flex-model[cli], or save as .txt.", page="not-installed"
+        ) from None
 
     console = Console(record=True, file=StringIO(), width=width)
     console.print(renderable)

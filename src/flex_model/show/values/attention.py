@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from flex_model.errors import ComponentError, DeliveryError, FlexModelError
-from flex_model.result import numbered, panels, ticks
+from flex_model.result import graph_objects, numbered, panels, ticks
 from flex_model.show.values.entry import Value
 from flex_model.show.values.labels import Tokens, number_of, token_labels
 
@@ -90,8 +90,7 @@ def attention(
     patterns: Mapping[str, Tensor], *, row: int, rows: int, tokens: Tokens | None, decode: Callable[[int], str]
 ) -> Figure:
     """All panels on one scale, from 0 to 1."""
-    import plotly.graph_objects as go
-
+    go = graph_objects()
     first = next(iter(patterns.values()))
     labels = token_labels(tokens, decode, row=row % rows, rows=rows, length=first.shape[-1])
     common: dict[str, Any] = {"coloraxis": "coloraxis", "hovertemplate": "query %{y}<br>key %{x}<br>%{z:.3f}"}

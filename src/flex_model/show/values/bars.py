@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flex_model.errors import FlexModelError
-from flex_model.result import lines, panels
+from flex_model.result import graph_objects, lines, panels
 from flex_model.show.values.histogram import Histogram
 from flex_model.show.values.labels import short_names
 
@@ -25,13 +25,13 @@ _MOST = 64  # panels
 
 def overlaid(found: Mapping[str, Histogram], within: float, log: bool) -> Figure:
     """Densities, so that sites whose bins or sizes are not the same can be compared."""
-    from plotly.colors import sample_colorscale
-
     names, of = short_names(list(found))
     curves = {n: _density(h, within) for n, h in zip(names, found.values(), strict=True)}
     figure = lines(curves, title=_title(of, within), x="value", y="density")
     figure.update_traces(mode="lines", line_shape="hv")
     if "*" in of:  # layers have an order, and so have their colours
+        from plotly.colors import sample_colorscale
+
         colours = sample_colorscale("Viridis", [0.95 * i / max(1, len(names) - 1) for i in range(len(names))])
         for trace, colour in zip(figure.data, colours, strict=True):
             trace.line.color = colour
@@ -41,8 +41,7 @@ def overlaid(found: Mapping[str, Histogram], within: float, log: bool) -> Figure
 
 def multiples(found: Mapping[str, Histogram], within: float, log: bool) -> Figure:
     """A panel a site."""
-    import plotly.graph_objects as go
-
+    go = graph_objects()
     if len(found) > _MOST:
         raise FlexModelError(
             f"expected at most {_MOST} sites in small multiples, found {len(found)}; choose some with names=.",

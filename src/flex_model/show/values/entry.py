@@ -12,7 +12,7 @@ from flex_model.components.place import Place
 from flex_model.core.captured import Captured, matching
 from flex_model.core.hook_function import Site
 from flex_model.core.naming.globs import Pattern
-from flex_model.errors import DeliveryError, FlexModelError, NameNotFoundError
+from flex_model.errors import DeliveryError, FlexModelError
 from flex_model.layout.layout import replicates
 from flex_model.layout.values import local
 from flex_model.routing.assembly import Parts
@@ -101,7 +101,7 @@ def of_call(every: Sequence[Entry], call: int | None) -> dict[str, Value]:
         if call is None and count > 1:
             raise DeliveryError(f"{name!r} has {count} calls; take one with call=0.", page="several-calls")
         if call is not None and not -count <= call < count:
-            raise NameNotFoundError(
+            raise FlexModelError(
                 f"call={call}: expected one of the {count} calls of {name!r}; take call=0.", page="bad-argument"
             )
         wanted = (call or 0) % count

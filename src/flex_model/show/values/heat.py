@@ -58,7 +58,8 @@ def one_row(values: Mapping[str, Value], row: int) -> tuple[dict[str, Tensor | N
     rows = sum(count for count, _ in sizes[first])
     if not -rows <= row < rows:
         raise FlexModelError(f"row={row}: expected one of the {rows} rows of the batch.", page="bad-argument")
-    return {n: None if v.why else _row(v.parts, row % rows).detach().double().cpu() for n, v in fitting.items()}, rows
+    found = {n: [r for part in v.parts for r in part.detach().unbind()] for n, v in fitting.items()}
+    return {n: None if fitting[n].why else r[row].double().cpu() for n, r in found.items()}, rows
 
 
 def _none(values: Mapping[str, Value]) -> FlexModelError:
@@ -74,14 +75,6 @@ def _none(values: Mapping[str, Value]) -> FlexModelError:
 
 def _said(sizes: Sequence[tuple[int, int]]) -> str:
     return " and ".join(f"({a}, {b})" for a, b in sizes)
-
-
-def _row(parts: Sequence[Tensor], row: int) -> Tensor:
-    for part in parts:
-        if row < len(part):
-            return part[row]
-        row -= len(part)
-    raise AssertionError("rows are counted before")
 
 
 def measured(what: Measure, value: Tensor, name: str) -> Tensor:
