@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from worlds import run_world
 
-from flex_model import FlexModel, FlexModelError, edits
+from flex_model import FlexModel, FlexModelError, edits, result
 from flex_model.errors import EngineError
 from flex_model.lens import (
     LogitLens,
@@ -26,7 +26,6 @@ from flex_model.lens import (
     attribution_patching,
     direct_logit_attribution,
     logit_lens,
-    result,
     save_figure,
     steering_vector,
 )

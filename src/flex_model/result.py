@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,19 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-__all__ = ["Result", "grid", "lines", "long_table", "save_figure"]
+__all__ = [
+    "Result",
+    "as_label",
+    "graph_objects",
+    "grid",
+    "lines",
+    "long_table",
+    "numbered",
+    "panels",
+    "save_figure",
+    "ticks",
+    "writes",
+]
 
 _STATIC = (".png", ".svg", ".pdf")
 
@@ -55,7 +68,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         raise FlexModelError(
             f"expected a path that ends in .html, {', '.join(_STATIC)}, got {path.name!r}.", page="bad-argument"
         )
-    if dist.is_initialized() and dist.get_rank() != 0:
+    if not writes():
         return path
     if suffix == ".html":
         figure.write_html(path)
@@ -76,8 +89,15 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+def writes() -> bool:
+    """Whether this rank writes files: the lowest of all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def _size(figure: Figure) -> dict[str, int]:
-    """Of a static picture, in pixels: a heatmap grows with its cells."""
+    """Of a static picture, in pixels: its own, or a heatmap's, which grows with its cells."""
+    if figure.layout.width and figure.layout.height:
+        return {"width": figure.layout.width, "height": figure.layout.height}
     cells = getattr(figure.data[0], "z", None) if figure.data else None
     rows, columns = (0, 0) if cells is None or not len(cells) else (len(cells), len(cells[0]))
     return {"width": min(2400, max(700, 200 + 18 * columns)), "height": min(2400, max(450, 180 + 18 * rows))}
@@ -102,33 +122,102 @@ def grid(
     x: str,
     y: str,
     labels: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
     text: Sequence[Sequence[str]] | None = None,
     centred: bool = True,
 ) -> Figure:
-    """A heatmap of ``(rows, columns)``; ``centred``: of differences, so that white is none."""
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise FlexModelError("pictures need plotly; install flex-model[plot].", page="not-installed") from None
-
+    """A heatmap of ``(rows, columns)``; ``centred``: of differences, so that white is none. ``labels`` of the columns,
+    which are numbered, and of the ``rows``."""
+    go = graph_objects()
     given: dict[str, Any] = {"colorscale": "RdBu_r", "zmid": 0} if centred else {"colorscale": "Blues"}
     if text is not None:
-        given |= {"text": [list(row) for row in text], "texttemplate": "%{text}"}
+        given |= {"text": [list(map(as_label, row)) for row in text], "texttemplate": "%{text}"}
     figure = go.Figure(go.Heatmap(z=values.tolist(), **given))
-    figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
+    _titled(figure, title, x, y)
     if labels is not None:
-        figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=[f"{i} {t}" for i, t in enumerate(labels)])
+        figure.update_xaxes(**ticks(numbered(labels)))
+    if rows is not None:
+        figure.update_yaxes(**ticks(rows))
     return figure
 
 
 def lines(curves: Mapping[str, tuple[Tensor, Tensor]], *, title: str, x: str, y: str, points: bool = False) -> Figure:
     """Curves by name, each ``(x, y)``; ``points``: not joined."""
+    go = graph_objects()
+    mode = "markers" if points else "lines+markers"
+    figure = go.Figure(
+        [go.Scatter(x=a.tolist(), y=b.tolist(), name=as_label(n), mode=mode) for n, (a, b) in curves.items()]
+    )
+    return _titled(figure, title, x, y)
+
+
+def panels(
+    traces: Mapping[str, Any],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    columns: int,
+    own_axes: bool = False,
+    size: int = 260,
+) -> Figure:
+    """Small multiples: a trace of plotly's each, by name, on axes that all share or on ``own_axes``; ``size``: of a
+    panel, in pixels."""
+    graph_objects()
+    from plotly.subplots import make_subplots
+
+    rows, columns = -(-len(traces) // columns), min(columns, len(traces))
+    wide, high = (70, 70) if own_axes else (24, 36)
+    figure = make_subplots(
+        rows,
+        columns,
+        shared_xaxes=not own_axes,
+        shared_yaxes=not own_axes,
+        subplot_titles=[as_label(n) for n in traces],
+        horizontal_spacing=wide / ((size + wide) * columns),
+        vertical_spacing=high / ((size + high) * rows),
+    )
+    for i, trace in enumerate(traces.values()):
+        figure.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
+    _titled(figure, title, "", "")
+    figure.update_xaxes(title_text=as_label(x), row=rows)
+    figure.update_yaxes(title_text=as_label(y), col=1)
+    figure.update_annotations(font_size=13)
+    return figure.update_layout(width=140 + (size + wide) * columns, height=170 + (size + high) * rows)
+
+
+def as_label(label: str) -> str:
+    """A label that plotly shows as it is: it takes some HTML and TeX for markup, and swallows the breaks of lines.
+
+    >>> as_label("<s>"), as_label("$x$")
+    ('&lt;s&gt;', '&#36;x&#36;')
+    """
+    shown = label.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return escape(shown, quote=False).replace("$", "&#36;")
+
+
+def numbered(labels: Sequence[str]) -> list[str]:
+    return [f"{i} {label}" for i, label in enumerate(labels)]
+
+
+def ticks(labels: Sequence[str], *, most: int = 64) -> dict[str, Any]:
+    """An axis with these labels at 0, 1, ...; with some of them, evenly, where there are more than fit."""
+    step = -(-len(labels) // most) or 1
+    places = list(range(0, len(labels), step))
+    return {"tickvals": places, "ticktext": [as_label(labels[i]) for i in places]}
+
+
+def graph_objects() -> Any:
+    """plotly's; raises FlexModelError where it is not installed."""
     try:
         import plotly.graph_objects as go
     except ImportError:
         raise FlexModelError("pictures need plotly; install flex-model[plot].", page="not-installed") from None
+    return go
 
-    mode = "markers" if points else "lines+markers"
-    figure = go.Figure([go.Scatter(x=a.tolist(), y=b.tolist(), name=n, mode=mode) for n, (a, b) in curves.items()])
-    figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
-    return figure
+
+def _titled(figure: Any, title: str, x: str, y: str) -> Figure:
+    titled: Figure = figure.update_layout(
+        title=as_label(title), xaxis_title=as_label(x), yaxis_title=as_label(y), template="plotly_white"
+    )
+    return titled

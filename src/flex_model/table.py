@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
-__all__ = ["as_text", "show"]
+from flex_model.errors import FlexModelError
+
+__all__ = ["as_svg", "as_text", "show"]
 
 _STYLES = {"ok": "green", "fail": "bold red", "refused": "yellow", "not run": "yellow"}
 
@@ -37,3 +40,20 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
     for row in rows:
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     Console().print(table)
+
+
+def as_svg(renderable: Any, *, width: int, title: str = "") -> str:
+    """What rich prints as a picture, ``width`` characters wide."""
+    from io import StringIO
+
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise FlexModelError(
+            "a .svg of a table needs rich; install flex-model[cli], or save as .txt.", page="not-installed"
+        ) from None
+
+    console = Console(record=True, file=StringIO(), width=width)
+    console.print(renderable)
+    console.print()  # or what hangs below the last line is cut off
+    return console.export_svg(title=title)

@@ -12,7 +12,7 @@ from flex_model.check.run import Place, Run, RunError
 from flex_model.core.captured import Captured
 from flex_model.table import as_text
 
-__all__ = ["Diff", "DiffRow", "diff"]
+__all__ = ["Diff", "DiffRow", "diff", "tolerance_of"]
 
 _TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 
@@ -113,8 +113,13 @@ def _run(given: Run | Captured | str | Path) -> Run:
     return of_captured(given) if isinstance(given, Captured) else Run.load(given)
 
 
+def tolerance_of(*dtypes: str) -> float:
+    """How far tensors of these dtypes may be apart, relative to their norm: that of the coarsest."""
+    return max(_TOLERANCE.get(d, 0.0) for d in dtypes)
+
+
 def _compared(place: Place, a: Statistics, b: Statistics, rtol: float | None, atol: float) -> DiffRow:
-    tolerance = max(_TOLERANCE.get(d, 0.0) for d in (a.dtype, b.dtype)) if rtol is None else rtol
+    tolerance = tolerance_of(a.dtype, b.dtype) if rtol is None else rtol
     scale = max(a.norm, b.norm)
     apart = sqrt(sum((x - y) ** 2 for x, y in zip(a.projections, b.projections, strict=True)) / PROJECTIONS)
     error = apart / scale if scale else apart

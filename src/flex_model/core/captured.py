@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from flex_model.errors import DeliveryError, NameNotFoundError
 from flex_model.routing.assembly import Parts
 from flex_model.routing.rows import Rows
 
-__all__ = ["Captured", "Ref"]
+if TYPE_CHECKING:
+    from flex_model.show.values import DifferencePicture, ValuesPicture
+
+__all__ = ["Captured", "Ref", "matching"]
 
 Value = Tensor | Parts
 
@@ -180,20 +183,35 @@ class Captured(Mapping[str | Site, Value]):
 
     def stack(self, pattern: Pattern | Place = "**") -> Tensor:
         """The values of all names that match, stacked in the model's order: ``(matches, *value)``."""
-        if isinstance(pattern, Place):
-            chosen: list[str | Site] = list(pattern.keys)
-        else:
-            chosen = [k for k in self if _matches(k, pattern)]
-        if not chosen:
-            raise NameNotFoundError(
-                f"{pattern!r} matches no captured name; list(acts) has {len(self)} of them.", page="not-captured"
-            )
+        chosen = pattern.keys if isinstance(pattern, Place) else matching(list(self), pattern)
         values = [self[k] for k in chosen]
         if not all(isinstance(v, Tensor) for v in values):
             raise DeliveryError(
                 f"{pattern!r} matches values that make no rectangle; take their parts one by one.", page="no-rectangle"
             )
         return torch.stack(values)  # type: ignore[arg-type]
+
+    @overload
+    def show(self, pattern: Pattern | Place = "**", *, grad: bool = False) -> ValuesPicture: ...
+    @overload
+    def show(self, pattern: Pattern | Place = "**", *, against: Captured, grad: bool = False) -> DifferencePicture: ...
+    def show(
+        self, pattern: Pattern | Place = "**", *, against: Captured | None = None, grad: bool = False
+    ) -> ValuesPicture | DifferencePicture:
+        """The values, or the gradients, as pictures: a table of statistics, heatmaps, attention, histograms.
+
+        >>> print(acts.show())                                                           # doctest: +SKIP
+        >>> acts.show().heatmap("norm", tokens=ids, decode=tokenizer.decode).show()      # doctest: +SKIP
+        >>> print(acts.show(against=other))                                              # doctest: +SKIP
+
+        ``against``: another capture; the picture is of the differences, this one minus that. Never collective: it
+        shows what is on this rank, and says where the rest went.
+        """
+        from flex_model.show.values import DifferencePicture, ValuesPicture
+
+        if against is None:
+            return ValuesPicture(self, pattern, grad=grad)
+        return DifferencePicture(self, against, pattern, grad=grad)
 
     def save(self, path: str | Path) -> Path:
         """Write all values (and gradients) to one safetensors file; ``name``, ``name#1`` for further calls.
@@ -224,6 +242,16 @@ def _named(name: str, value: Value) -> dict[str, Tensor]:
     if isinstance(value, DTensor):
         value = value.to_local()
     return {name: value.detach().contiguous().cpu().clone()}
+
+
+def matching(keys: Sequence[str | Site], pattern: Pattern | Place) -> list[str | Site]:
+    """Those of captured names that match, at least one."""
+    chosen = [k for k in keys if (k in pattern.keys if isinstance(pattern, Place) else _matches(k, pattern))]
+    if not chosen:
+        raise NameNotFoundError(
+            f"{pattern!r} matches no captured name; list(acts) has {len(keys)} of them.", page="not-captured"
+        )
+    return chosen
 
 
 def _matches(key: str | Site, pattern: Pattern) -> bool:

@@ -11,6 +11,7 @@ from flex_model.errors import FlexModelError
 from flex_model.show.observe import Seen, observe
 from flex_model.show.outline import Outline, outline
 from flex_model.show.tree import plain, rich_tree
+from flex_model.table import as_svg
 from flex_model.trees import as_call
 
 if TYPE_CHECKING:
@@ -81,11 +82,5 @@ def _lowest(ranks: Any) -> int:
 
 
 def _svg(picture: Picture) -> str:
-    from io import StringIO
-
-    from rich.console import Console
-
     width = max(len(line) for line in str(picture).splitlines()) + 4
-    console = Console(record=True, file=StringIO(), width=width)
-    console.print(picture)
-    return console.export_svg(title=picture.outline.root.row.kind)
+    return as_svg(picture, width=width, title=picture.outline.root.row.kind)
