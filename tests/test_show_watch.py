@@ -138,8 +138,11 @@ def test_a_harvest_is_read_as_it_goes(tmp_path: Path) -> None:
     fm = FlexModel(models.net())
     run = Run(tmp_path)
     assert run.state()["store"] is None
-    fm.harvest([_tokens(s) for s in range(6)], "layers.*", tmp_path / "acts", commit_every=2)
-    state = Run(tmp_path / "acts").state()["store"]
+    with fm.log(tmp_path / "acts"):
+        fm.harvest([_tokens(s) for s in range(6)], "layers.*", tmp_path / "acts", commit_every=2)
+    state = Run(tmp_path / "acts").state()
+    rank, state = state["ranks"]["rank-00000"], state["store"]
+    assert rank["calls"] == 6 and rank["hooks"][0][:2] == ["layers.0", "forward"]
     assert [c[0] for c in state["commits"]] == [1, 3, 5] and [c[2] for c in state["commits"]] == [48, 96, 144]
     with torch.no_grad():
         seen = [plain_hooks(models.net(), lambda m, s=s: m(_tokens(s)), backward=False) for s in range(6)]
@@ -206,7 +209,7 @@ def test_the_page(tmp_path: Path) -> None:
         with fm.log(tmp_path, "layers.*"):  # the page goes on by itself
             for _ in range(7):
                 fm(_tokens(0))
-        page.wait_for_function("document.querySelector('#ranks tbody').innerText.includes('7')")
+        page.wait_for_selector("#ranks td:text-is('7')")
         browser.close()
     assert not errors and all(url.startswith((address, "data:")) for url in asked)
 

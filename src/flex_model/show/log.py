@@ -89,7 +89,7 @@ class _Log:
         self._runtime, self._norms, self._every = runtime, norms, every
         self._calls = 0
         self._hooks: list[Any] = []
-        self._line: dict[str, Any] | None = None  # of the last forward
+        self._running: list[Bound] | None = None  # hooks of the forward that began last
         self._waiting: tuple[dict[str, Any], list[str], Tensor | None, dict[str, float], Any] | None = None
         folder = path / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,31 +99,29 @@ class _Log:
     def before(self, module: nn.Module, args: Any) -> None:
         if self._runtime.quiet:
             return
-        self._norms.due = self._calls % self._every == 0
         self._leave()
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._runtime.quiet:
-            return
-        bounds = [b for b in self._runtime.bounds if b.sink is not self._norms]
-        hooks = [[b.name, b.hook_type, b.enabled, b.edit is not None] for b in bounds]
-        self._line = {"call": self._calls, "time": time.time(), "fired": [b.fired for b in bounds]}
-        if hooks != self._hooks:
-            self._hooks = self._line["hooks"] = hooks
-        self._calls += 1
+        self._norms.due = self._calls % self._every == 0
+        self._running = [b for b in self._runtime.bounds if b.sink is not self._norms]
 
     def _leave(self) -> None:
-        """The forward before is over, and its values were met: they leave for the host; those before are there."""
+        """The forward before is over, with its backward if it had one: its values leave for the host; those before are
+        there."""
         self._flush()
-        if self._line is None:
+        bounds, self._running = self._running, None
+        if bounds is None:
             return
+        hooks = [[b.name, b.hook_type, b.enabled, b.edit is not None] for b in bounds]
+        line: dict[str, Any] = {"call": self._calls, "time": time.time(), "fired": [b.fired for b in bounds]}
+        if hooks != self._hooks:
+            self._hooks = line["hooks"] = hooks
+        self._calls += 1
         names, squares, counts = self._norms.taken()
         arrived = None
         if squares is not None and squares.is_cuda:
             squares = squares.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._waiting, self._line = (self._line, names, squares, counts, arrived), None
+        self._waiting = line, names, squares, counts, arrived
 
     def _flush(self) -> None:
         if self._waiting is None:
@@ -175,7 +173,6 @@ def logged(fm: FlexModel, path: str | Path, patterns: tuple[Pattern | Place, ...
     log = _Log(runtime, Path(path), norms, every)
     roots = list(runtime.names.places[""].values())
     handles = [r.register_forward_pre_hook(log.before) for r in roots]
-    handles += [r.register_forward_hook(log.after) for r in roots]
     try:
         with hooks_on(runtime, bounds, [], {}, tell=False):
             yield

@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const number = (n, digits = 3) => n.toLocaleString("en", { maximumSignificantDigits: digits });
-const size = (bytes) => (bytes >= 1e9 ? number(bytes / 1e9) + " GB" : number(bytes / 1e6) + " MB");
+const size = (bytes) => (bytes >= 1e9 ? number(bytes / 1e9) + " GB" : bytes >= 1e6 ? number(bytes / 1e6) + " MB" : number(bytes / 1e3) + " kB");
 
 function seconds(s) {
   if (s < 90) return Math.round(s) + " s";
@@ -41,7 +41,7 @@ function chart(id, lines, x, y) {
   }));
   Plotly.react(id, data, {
     height: 300, margin: { l: 60, r: 10, t: 10, b: 40 }, showlegend: names.length > 1,
-    xaxis: { title: { text: x }, color: ink }, yaxis: { title: { text: y }, color: ink, rangemode: "tozero" },
+    xaxis: { title: { text: x }, color: ink, gridcolor: "#8885" }, yaxis: { title: { text: y }, color: ink, gridcolor: "#8885", rangemode: "tozero" },
     font: { color: ink }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
   }, { displaylogo: false, responsive: true });
 }
@@ -55,7 +55,7 @@ function progress(state, ranks) {
     if (store.commits.length > 1) {
       const [, first, before, held] = store.commits[0];
       const took = Math.max(time - first, 1e-3);
-      found.push([number((rows - before) / took), "rows a second"], [number((bytes - held) / took / 1e9) + " GB/s", "written"]);
+      found.push([number((rows - before) / took), "rows a second"], [size((bytes - held) / took) + "/s", "written"]);
     }
     found.push([seconds(Math.max(0, state.now - time)), "since the last commit"]);
   }
@@ -105,7 +105,7 @@ function hooks(ranks, names) {
 }
 
 function draw(state) {
-  const names = Object.keys(state.ranks), ranks = Object.values(state.ranks);
+  const names = Object.keys(state.ranks).map((n) => String(Number(n.split("-")[1]))), ranks = Object.values(state.ranks);
   $("path").textContent = state.path;
   document.title = "FlexModel: " + state.path.split("/").pop();
   const still = ranks.filter((r) => !r.ended);
@@ -116,7 +116,7 @@ function draw(state) {
     ranks.length || state.store ? "Updated " + new Date(state.now * 1000).toLocaleTimeString() : "Waiting for the first lines.";
   progress(state, ranks);
   sites(state, ranks);
-  hooks(ranks, names);
+  hooks(ranks, names.map((n) => "fired on " + n));
   table("ranks", ["rank", "forwards", "forwards a second", "last line", ""], ranks.map((r, i) => [
     [names[i]], [number(r.calls, 9)], [number(r.rate)], [seconds(Math.max(0, state.now - r.last)) + " ago"],
     [r.ended ? "ended" : "running"],
