@@ -142,6 +142,7 @@ def test_a_harvest_is_read_as_it_goes(tmp_path: Path) -> None:
         fm.harvest([_tokens(s) for s in range(6)], "layers.*", tmp_path / "acts", commit_every=2)
     state = Run(tmp_path / "acts").state()
     rank, state = state["ranks"]["rank-00000"], state["store"]
+    assert state["steps"] == 6
     assert rank["calls"] == 6 and rank["hooks"][0][:2] == ["layers.0", "forward"]
     assert [c[0] for c in state["commits"]] == [1, 3, 5] and [c[2] for c in state["commits"]] == [48, 96, 144]
     with torch.no_grad():

@@ -71,7 +71,7 @@ def harvest(
     try:
         with meter, run.hooked():
             meter.skip(first)
-            loop = _Loop(run, writing, meter, about, new=begun is None)
+            loop = _Loop(run, writing, meter, {**about, "steps": loader.total}, new=begun is None)
             loop.go(loader, first, begun.place if begun is not None else None)
     except BaseException:
         writing.drop()

@@ -51,11 +51,13 @@ function progress(state, ranks) {
   const store = state.store;
   if (store && store.commits.length) {
     const [step, time, rows, bytes] = store.commits[store.commits.length - 1];
-    found.push([number(rows, 9), "rows committed"], [size(bytes), "on disk"], [number(step + 1, 9), "steps committed"]);
+    found.push([number(rows, 9), "rows committed"], [size(bytes), "on disk"], [number(step + 1, 9) + (store.steps ? " of " + number(store.steps, 9) : ""), "steps committed"]);
     if (store.commits.length > 1) {
       const [, first, before, held] = store.commits[0];
       const took = Math.max(time - first, 1e-3);
       found.push([number((rows - before) / took), "rows a second"], [size((bytes - held) / took) + "/s", "written"]);
+      const left = store.steps ? (took / (step - store.commits[0][0])) * (store.steps - step - 1) : 0;
+      if (left > 0) found.push([seconds(left), "left"]);
     }
     found.push([seconds(Math.max(0, state.now - time)), "since the last commit"]);
   }

@@ -134,5 +134,6 @@ class Run:
         return {
             "commits": [commit["point"] for _, commit in done],
             "lines": {n: [[s, c["norms"][n]] for s, c in done if n in c["norms"]] for n in manifest.sites},
+            "steps": manifest.about.get("steps"),
             "sites": {name: list(site.shape) for name, site in manifest.sites.items()},
         }
