@@ -1,7 +1,7 @@
 """What ``fm.harvest`` costs, paired in one run: against the disk, the model alone, one process, and its peers; and what
 is left of it when it is killed.
 
-    python benchmarks/harvest.py [--only disk,model,smollm2,traffic,kills,peers] [--folder /tmp] [--rounds 5]
+    python benchmarks/harvest.py [--only disk,model,smollm2,memory,traffic,kills,peers] [--folder /tmp] [--rounds 5]
     python benchmarks/harvest.py --only smollm2 --tokens 60000
     python benchmarks/harvest.py --only disk,model --device cuda --layers 16 --width 4096 --sites 2
 
@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PARTS = ("disk", "model", "smollm2", "traffic", "kills", "peers")
+PARTS = ("disk", "model", "smollm2", "memory", "traffic", "kills", "peers")
 
 
 def smollm2(given: str | None) -> str | None:
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by commas")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk that is measured")
     parser.add_argument("--model", help="a folder of SmolLM2's weights; 'none' for a random Llama")
-    parser.add_argument("--tokens", type=int, default=15000, help="of part smollm2")
+    parser.add_argument("--tokens", type=int, default=15000, help="of part smollm2; of memory the third length")
     parser.add_argument("--model-tokens", type=int, default=4000, help="of parts model and peers, each way and round")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=125)

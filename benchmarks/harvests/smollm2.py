@@ -16,9 +16,7 @@ SHORT = 10_000  # tokens of the run whose memory the long one's is compared with
 
 
 # -- cells -----------------------------------------------------------------------------------------------------
-def harvested(
-    *, model: str, axis: str | None, path: str, tokens: int, samples: int, length: int, queue: int = 0, **_: Any
-) -> Any:
+def harvested(*, model: str, axis: str | None, path: str, tokens: int, samples: int, length: int, **_: Any) -> Any:
     """All residual sites, with what it took on this rank."""
     from flex_model import FlexModel
 
@@ -26,7 +24,7 @@ def harvested(
     fm = FlexModel(load(model, axis=axis))
     data = batches(tokens, samples, length)
     with measured() as took:
-        done = fm.harvest(data, fm.at("resid_post"), path, **({"queue_bytes": queue} if queue else {}))
+        done = fm.harvest(data, fm.at("resid_post"), path)
     return took | {"rows": done.rows, "sites": len(done.sites), "bytes": done.bytes}
 
 
