@@ -230,8 +230,8 @@ def test_the_table_is_saved(tmp_path: Path) -> None:
     assert picture.save(tmp_path / "a.txt").read_text(encoding="utf-8") == f"{picture}\n"
     assert "<svg" in picture.save(tmp_path / "a.svg").read_text(encoding="utf-8")
     assert picture.save(str(tmp_path / "a.html")).read_text(encoding="utf-8").startswith("<!doctype html>")
-    with pytest.raises(FlexModelError, match=r"ends in \.txt, \.svg or \.html, got 'a\.png'"):
-        picture.save(tmp_path / "a.png")
+    with pytest.raises(FlexModelError, match=r"ends in \.txt, \.html, \.svg, \.png, \.pdf, got 'a\.jpeg'"):
+        picture.save(tmp_path / "a.jpeg")
 
 
 def test_colours_say_the_same() -> None:

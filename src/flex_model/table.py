@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -56,4 +57,5 @@ def as_svg(renderable: Any, *, width: int, title: str = "") -> str:
     console = Console(record=True, file=StringIO(), width=width)
     console.print(renderable)
     console.print()  # or what hangs below the last line is cut off
-    return console.export_svg(title=title)
+    svg = console.export_svg(title=title)
+    return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # which would be asked of a server somewhere

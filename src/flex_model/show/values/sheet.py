@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flex_model.errors import FlexModelError
 from flex_model.result import writes
+from flex_model.stills import STILLS, save_svg
 from flex_model.table import as_svg, as_text
 
 if TYPE_CHECKING:
@@ -132,20 +133,22 @@ class SheetPicture(ABC):
         return self.sheet.html()
 
     def save(self, path: str | Path) -> Path:
-        """Write the table as ``.txt``, ``.svg`` (needs rich) or ``.html``.
+        """Write the table as ``.txt``, ``.html``, or with rich as ``.svg``, and with a Chromium ``.png`` or ``.pdf``.
 
         All ranks may call it; the lowest writes. Where nothing was delivered, nothing is written.
         """
         path = Path(path)
-        makes: dict[str, Any] = {".txt": lambda: f"{self}\n", ".svg": self._svg, ".html": self.sheet.page}
-        if path.suffix.lower() not in makes:
+        suffix = path.suffix.lower()
+        if suffix not in (".txt", ".html", *STILLS):
             raise FlexModelError(
-                f"expected a path that ends in .txt, .svg or .html, got {path.name!r}; figures are saved by "
-                f"flex_model.lens.save_figure.",
+                f"expected a path that ends in .txt, .html, {', '.join(STILLS)}, got {path.name!r}.",
                 page="bad-argument",
             )
-        if writes() and not self.away:
-            path.write_text(makes[path.suffix.lower()](), encoding="utf-8")
+        if not writes() or self.away:
+            return path
+        if suffix in STILLS:
+            return save_svg(self._svg(), path)
+        path.write_text(f"{self}\n" if suffix == ".txt" else self.sheet.page(), encoding="utf-8")
         return path
 
     def _svg(self) -> str:
