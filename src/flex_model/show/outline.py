@@ -5,6 +5,7 @@ It is data, which the pictures draw: a tree in a terminal (``tree.py``), a page 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ class Outline:
     groups: tuple[str, ...]
     observed: bool
     diagrams: Mapping[str, str] = field(default_factory=dict)  # {module: how values flow in it, as SVG}
+    places: Mapping[int, int] = field(default_factory=dict)  # {stage: where along the stage axis}
 
     @property
     def stages(self) -> bool:
@@ -94,6 +96,7 @@ def outline(runtime: Runtime, seen: Seen | None, *, together: bool = False) -> O
         tuple(runtime.engines.names),
         tuple(runtime.groups.names),
         seen is not None,
+        places={table.stage: table.coordinate for table in runtime.names.stages.tables},
     )
 
 
@@ -120,7 +123,7 @@ def _known(runtime: Runtime) -> dict[tuple[str, str], list[ValueRow]]:
 
 
 def _value(row: SiteRow) -> ValueRow:
-    placed = tuple(part.partition(": ")[2] for part in row.layout.split(", "))
+    placed = tuple(part.partition(": ")[2] for part in re.split(r", (?=[^,]*: )", row.layout))
     return ValueRow(row.side, row.index or 0, row.shape, (), "", placed, row.evidence)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import webbrowser
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -14,8 +17,6 @@ from flex_model.show.tree import plain, rich_tree
 from flex_model.trees import as_call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import RenderableType
 
 __all__ = ["Picture", "picture", "tree_of"]
@@ -29,6 +30,7 @@ class Picture:
     >>> picture = fm.show(batch)                                            # doctest: +SKIP
     >>> print(picture)                                                      # doctest: +SKIP
     >>> picture.save("model.html")                                          # doctest: +SKIP
+    >>> picture.open()                                                      # doctest: +SKIP
     """
 
     def __init__(self, outline: Outline) -> None:
@@ -46,16 +48,46 @@ class Picture:
         """The tree as text, of ``depth`` levels below the model."""
         return plain(self.outline, depth)
 
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, which can neither read nor change the notebook around it."""
+        from flex_model.show.page import frame
+
+        return frame(self.outline)
+
     def save(self, path: str | Path) -> Path:
-        """Write it: ``.txt`` or ``.svg`` the tree. All ranks may call it; the lowest of the model writes."""
+        """Write it: ``.txt`` or ``.svg`` the tree, ``.html`` the page. All ranks may call it; the lowest of the model
+        writes.
+
+        >>> picture.save("model.html")                                      # doctest: +SKIP
+
+        The page is one file that works without a network: modules to unfold and to search, what passes each and where
+        it lies, hooks and their cost, who holds what. Raises FlexModelError for another suffix.
+        """
         path = Path(path)
         suffix = path.suffix.lower()
-        if suffix not in (".txt", ".svg"):
-            raise FlexModelError(f"expected a path that ends in .txt or .svg, got {path.name!r}.", page="bad-argument")
-        if self.outline.rank == _lowest(self.outline.ranks):
-            text = f"{self}\n" if suffix == ".txt" else _svg(self)
-            path.write_text(text, encoding="utf-8")
+        if suffix not in _WRITERS:
+            raise FlexModelError(
+                f"expected a path that ends in {', '.join(_WRITERS)}, got {path.name!r}.", page="bad-argument"
+            )
+        if self._writes:
+            path.write_text(_WRITERS[suffix](self), encoding="utf-8")
         return path
+
+    def open(self) -> Path:
+        """Write the page to a temporary file and show it in the browser; gives the file, which stays.
+
+        >>> picture.open()                                                  # doctest: +SKIP
+
+        All ranks may call it; the lowest of the model opens.
+        """
+        path = self.save(Path(mkdtemp(prefix="flex-model-")) / "model.html")
+        if self._writes:
+            webbrowser.open(path.as_uri())
+        return path
+
+    @property
+    def _writes(self) -> bool:
+        return self.outline.rank == _lowest(self.outline.ranks)
 
 
 def picture(fm: FlexModel, inputs: Any, forward: Callable[..., Any] | None) -> Picture:
@@ -85,3 +117,12 @@ def _svg(picture: Picture) -> str:
     console = Console(record=True, file=StringIO(), width=width)
     console.print(picture)
     return console.export_svg(title=picture.outline.root.row.kind)
+
+
+def _html(picture: Picture) -> str:
+    from flex_model.show.page import page
+
+    return page(picture.outline)
+
+
+_WRITERS: dict[str, Callable[[Picture], str]] = {".txt": lambda picture: f"{picture}\n", ".svg": _svg, ".html": _html}
