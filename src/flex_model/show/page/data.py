@@ -6,7 +6,8 @@ thousand modules stay small.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,7 @@ from flex_model.show.page.held import held
 
 __all__ = ["page_data"]
 
+_STYLE = re.compile(r"<style\b.*?</style>", re.DOTALL)  # the page has its own, and its policy allows no other
 _SIDES = {"forward": "out", "forward_pre": "in", "full_backward": "in", "full_backward_pre": "out"}
 
 
@@ -28,11 +30,11 @@ class _Pool:
         self.things: list[Any] = []
         self._numbers: dict[Any, int] = {}
 
-    def number(self, key: Any, thing: Any) -> int:
-        if key not in self._numbers:
-            self._numbers[key] = len(self.things)
+    def number(self, thing: Hashable) -> int:
+        if thing not in self._numbers:
+            self._numbers[thing] = len(self.things)
             self.things.append(thing)
-        return self._numbers[key]
+        return self._numbers[thing]
 
 
 def page_data(outline: Outline) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def page_data(outline: Outline) -> dict[str, Any]:
         "observed": outline.observed,
         "places": {str(stage): at for stage, at in outline.places.items()},
         "held": asdict(share),
-        "diagrams": dict(outline.diagrams),
+        "diagrams": {name: _STYLE.sub("", drawing) for name, drawing in outline.diagrams.items()},
         "hooks": [_hook(hooked, i, node) for i, node in enumerate(nodes) for hooked in node.hooks],
         **_modules(outline.root, nodes),
     }
@@ -61,11 +63,11 @@ def _modules(root: Node, nodes: list[Node]) -> dict[str, Any]:
     columns = {
         "name": [n.row.name for n in nodes],
         "label": [n.label for n in nodes],
-        "kind": [kinds.number(n.row.kind, n.row.kind) for n in nodes],
+        "kind": [kinds.number(n.row.kind) for n in nodes],
         "size": [n.size for n in nodes],
         "here": [n.here for n in nodes],
-        "values": [values.number(key := tuple(n.row.values), _rows(key)) for n in nodes],
-        "parameters": [parameters.number(key := tuple(n.row.parameters), _rows(key)) for n in nodes],
+        "values": [values.number(tuple(n.row.values)) for n in nodes],
+        "parameters": [parameters.number(tuple(n.row.parameters)) for n in nodes],
         "runs": [[[numbers[id(m)] for m in run] for run in runs(n.children, of)] for n in nodes],
     }
     some = {  # few modules have these
@@ -74,7 +76,11 @@ def _modules(root: Node, nodes: list[Node]) -> dict[str, Any]:
         "stages": {i: n.row.stages for i, n in enumerate(nodes) if n.row.stages},
         "unfired": {i: n.unfired for i, n in enumerate(nodes) if n.unfired},
     }
-    pools = {"kinds": kinds.things, "values": values.things, "parameters": parameters.things}
+    pools = {
+        "kinds": kinds.things,
+        "values": [_rows(rows) for rows in values.things],
+        "parameters": [_rows(rows) for rows in parameters.things],
+    }
     return {"modules": columns, "some": some, "pools": pools}
 
 

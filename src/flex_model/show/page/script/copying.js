@@ -3,13 +3,14 @@ const python = (text) => JSON.stringify(text);
 const literal = (name) => name.replace(/[*?[]/g, "[$&]");  // of a name where patterns are taken
 const REGISTER = {out: "register_forward_hook", in: "register_forward_pre_hook"};
 
+const capturing = (key, options, read) => `with fm.capture(${key}${options}) as acts:\n    fm(**inputs)\n${read}`;
+
 // [title, code] of a module's value: ``side`` in or out, ``index`` among its tensors.
 function snippets(name, side, index) {
   const options = (side === "in" ? ', hook_type="forward_pre"' : "") + (index ? `, unpack_idx=${index}` : "");
   const key = python(literal(name));
-  const key_read = literal(name) === name ? key : python(name);
   return [
-    ["Capture", `with fm.capture(${key}${options}) as acts:\n    fm(**inputs)\nacts[${key_read}]`],
+    ["Capture", capturing(key, options, `acts[${literal(name) === name ? key : python(name)}]`)],
     ["Edit", `with fm.edit(${key}, lambda x: x * 2${options}):\n    fm(**inputs)`],
     ["Register", `hook = HookFunction(${python(name)}, editing_function=lambda x: x * 2${index ? `, unpack_idx=${index}` : ""})\n` +
       `handle = fm.${REGISTER[side]}(hook)`],
@@ -38,21 +39,20 @@ function copyOld(text) {
   return done;
 }
 
-function copyButton(title, text) {
-  const button = h("button", {type: "button", class: "copy", "aria-label": `Copy: ${title}`}, "Copy");
+function copyButton(title, text, label = "Copy") {
+  const button = h("button", {type: "button", class: "copy", "aria-label": `Copy: ${title}`}, label);
   button.addEventListener("click", async () => {
     const done = await copy(text());
     say(done ? `Copied: ${title}` : "The browser refuses to copy; select the code and copy it");
     button.textContent = done ? "Copied ✓" : "Not copied";
-    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    setTimeout(() => { button.textContent = label; }, 2000);
   });
   return button;
 }
 
 function codeSection(module) {
-  const sites = module.values.length ? module.values : [{side: "out", index: 0}];
+  const sites = module.values.length ? outFirst(module.values) : [{side: "out", index: 0}];
   const choice = h("select", {"aria-label": "Value to hook"}, sites.map((value, i) => h("option", {value: i}, siteName(value))));
-  choice.value = String(Math.max(0, sites.findIndex((value) => value.side === "out")));
   const list = h("div", {class: "codes"});
   const draw = () => {
     const site = sites[Number(choice.value)];

@@ -3,19 +3,13 @@
 const isGlob = (pattern) => /[*?[]/.test(pattern);
 
 function globToRegExp(pattern) {
-  const tokens = pattern.match(/\*\*|\*|\?|\[[^\]]*\]|[^\n]/gu) ?? [];
+  const tokens = pattern.match(/\*\*|\*|\?|\[(?![!^]?\])[^\]]+\]|[^\n]/gu) ?? [];
   const out = tokens.map((token) => {
     if (token === "**") return "[^\\n]*";
     if (token === "*") return "[^.]*";
     if (token === "?") return "[^.]";
-    if (token.startsWith("[") && token.length > 1) return setOf(token);
+    if (token.startsWith("[") && token.length > 1) return `[${token.slice(1, -1).replace(/[\\[]/g, "\\$&").replace(/^!/, "^")}]`;
     return token.replace(/[\\^$.*+?()[\]{}|/]/gu, "\\$&");
   });
   return new RegExp(`^(?:${out.join("")})$`, "u");
-}
-
-function setOf(token) {
-  const inside = token.slice(1, -1).replace(/^!/, "^");
-  if (inside === "" || inside === "^") throw new SyntaxError("an empty set");
-  return `[${inside}]`;
 }

@@ -29,25 +29,27 @@ const LISTED = 300;
 
 function drawHooks() {
   const found = data.hooks.filter(inGroups);
+  const missing = found.some((hook) => hook.missed || hook.refusal);
   const more = found.length > LISTED ? h("p", {class: "muted"}, `and ${whole(found.length - LISTED)} more`) : "";
   byId("hooks").replaceChildren(
     h("section", {class: "block"}, h("h3", null, "Hooks"), h("p", {class: "muted", role: "status"}, `${many(found.length, "hook")} of ${whole(data.hooks.length)}`),
-      table("Hooks", ["place", "type", "groups", "run", "on", "fired", "why not"], found.slice(0, LISTED).map(hookRow)), more),
+      table("Hooks", ["place", "type", "groups", "run", "on", "#fired", ...(missing ? ["why not"] : [])],
+        found.slice(0, LISTED).map((hook) => hookRow(hook, missing))), more),
     costs(found));
 }
 
-const hookRow = (hook) => [
+const hookRow = (hook, missing) => [
   h("td", null, goTo(hook)),
   h("td", null, `${hook.hook_type}${hook.edits ? ", edits" : ""}`),
   h("td", null, hook.groups.filter((group) => group !== "all").join(", ")),
   h("td", null, hook.run),
-  h("td", null, hook.enabled ? "● on" : "○ off"),
+  h("td", {class: "state"}, hook.enabled ? "● on" : "○ off"),
   h("td", {class: "number"}, whole(hook.fired)),
-  h("td", {class: "muted"}, hook.missed || hook.refusal || ""),
+  missing ? h("td", {class: "reason"}, hook.missed || hook.refusal || "") : null,
 ];
 
 function goTo(hook) {
-  return h("button", {type: "button", class: "link", onclick: () => { reveal(hook.module); chooseTab(0); }}, hook.name || "(model)");
+  return h("button", {type: "button", class: "link", onclick: () => reveal(hook.module)}, hook.name || "(model)");
 }
 
 function costs(found) {
@@ -57,8 +59,8 @@ function costs(found) {
   const total = known.reduce((sum, hook) => sum + hook.bytes, 0);
   const lines = found.slice(0, LISTED).map((hook) => h("li", {class: hook.enabled ? "" : "off"},
     h("span", {class: "mono"}, hook.name || "(model)"), bar((hook.bytes ?? 0) / top), h("span", {class: "cost"}, cost(hook))));
-  return h("section", {class: "block"}, h("h3", null, "Cost a call"),
-    h("p", {id: "total"}, h("b", null, bytes(total)), ` between ranks for ${many(known.length, "hook")} that ${known.length === 1 ? "is" : "are"} on`,
+  return h("section", {class: "block"}, h("h3", null, "Cost"),
+    h("p", {id: "total"}, h("b", null, bytes(total)), ` a call between ranks, for ${many(known.length, "hook")} that ${known.length === 1 ? "is" : "are"} on`,
       unknown ? `, and ${whole(unknown)} of unknown size` : ""),
     h("ul", {class: "bars"}, lines));
 }

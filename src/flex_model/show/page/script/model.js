@@ -4,8 +4,8 @@ const {modules, some, pools} = data;
 const count = modules.name.length;
 const parents = new Int32Array(count).fill(-1);
 modules.runs.forEach((runs, i) => runs.flat().forEach((child) => { parents[child] = i; }));
-const hooksOf = Map.groupBy ? Map.groupBy(data.hooks, (hook) => hook.module) : new Map();
-if (!Map.groupBy) data.hooks.forEach((hook) => hooksOf.set(hook.module, [...(hooksOf.get(hook.module) ?? []), hook]));
+const hooksOf = new Map();
+for (const hook of data.hooks) hooksOf.set(hook.module, [...(hooksOf.get(hook.module) ?? []), hook]);
 
 function moduleOf(i) {
   return {

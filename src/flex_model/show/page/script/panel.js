@@ -7,6 +7,7 @@ function showModule(i, run) {
   panel.replaceChildren(heading(module, run), ...diagramOf(module), ...valuesOf(module), ...parametersOf(module),
     ...hooksIn(module), ...(module.silent || module.sameAs ? [] : [codeSection(module)]));
   panel.scrollTop = 0;
+  chooseTab(0);
 }
 
 function heading(module, run) {
@@ -26,25 +27,24 @@ function heading(module, run) {
 
 function valuesOf(module) {
   if (!module.values.length) return data.observed || module.silent ? [] : [h("p", {class: "note"}, "Shapes are known after fm.show(inputs).")];
-  return [h("section", {class: "block"}, h("h3", null, "Values"), module.values.map((value) => site(value, module.stages)))];
+  return [h("section", {class: "block"}, h("h3", null, "Values", data.axes.length ? h("span", {class: "hint"}, "ranks of one colour and letter have the same") : null), outFirst(module.values).map((value) => site(value, module.stages)))];
 }
+
+const outFirst = (values) => [...values.filter((v) => v.side === "out"), ...values.filter((v) => v.side !== "out")];
 
 function site(value, stages) {
   const placements = value.placements ?? [];
-  const title = h("h4", null, siteName(value));
-  if (value.refusal) return h("article", {class: "site refused"}, title, h("p", null, h("b", null, "Refused: "), value.refusal));
-  const local = value.local?.length && shape(value.local) !== shape(value.shape) ? value.local : null;
-  const facts = [
-    ["shape", value.shape ? shapeMarked(value.shape, placements) : "no rectangular whole"],
-    local ? [`on rank ${data.rank}`, shape(local)] : null,
-    value.dtype ? ["dtype", value.dtype] : null,
-    ...inner.map((axis, i) => [axis.name, spoken(placements[i] ?? "R")]),
-    value.evidence ? ["evidence", value.evidence] : null,
-  ].filter(Boolean);
-  return h("article", {class: "site"}, title, h("div", {class: "pair"}, factList(facts), meshOf(placements, stages)));
+  if (value.refusal) return h("article", {class: "site refused"}, h("h4", null, siteName(value)), h("p", null, h("b", null, "Refused: "), value.refusal));
+  const local = value.local?.length && shape(value.local) !== shape(value.shape) ? shape(value.local) : "";
+  const title = h("h4", null, siteName(value), value.shape ? shapeMarked(value.shape, placements) : h("span", {class: "shape"}, "no rectangular whole"),
+    h("span", {class: "dtype"}, value.dtype ?? ""));
+  const lines = [
+    ...inner.map((axis, i) => h("p", null, h("span", {class: "muted"}, `${axis.name}: `), spoken(placements[i] ?? "R"))),
+    local ? h("p", null, h("span", {class: "muted"}, `on rank ${data.rank}: `), h("span", {class: "mono"}, local)) : null,
+    value.evidence ? h("p", {class: "muted"}, `known from ${value.evidence}`) : null,
+  ];
+  return h("article", {class: "site"}, h("div", {class: "words"}, title, lines), meshOf(placements, stages));
 }
-
-const factList = (facts) => h("dl", null, facts.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
 
 // Dims that ranks hold parts of are set off.
 function shapeMarked(sizes, placements) {
@@ -55,21 +55,26 @@ function shapeMarked(sizes, placements) {
 
 function parametersOf(module) {
   if (!module.parameters.length) return [];
-  const columns = ["name", "shape", data.axes.length ? `rank ${data.rank}` : "", "dtype", data.axes.length ? "layout" : "", ""].filter((c, i) => c || i === 5);
+  const spread = data.axes.length > 0;
+  const columns = ["name", "shape", ...(spread ? [`rank ${data.rank}`] : []), "dtype", ...(spread ? ["layout"] : []), ""];
   const rows = module.parameters.map((p) => [
     h("td", {class: "mono"}, p.name),
     h("td", {class: "mono"}, shapeMarked(p.shape, p.placements ?? [])),
-    data.axes.length ? h("td", {class: "mono"}, p.local ? shape(p.local) : "–") : null,
+    spread ? h("td", {class: "mono"}, p.local ? shape(p.local) : "–") : null,
     h("td", null, p.dtype ?? ""),
-    data.axes.length ? h("td", null, inner.map((axis, i) => (replicated((p.placements ?? [])[i] ?? "R") ? "" : `${axis.name} ${p.placements[i]}`)).filter(Boolean).join(", ") || "R") : null,
+    spread ? h("td", null, placed(p.placements ?? [])) : null,
     h("td", {class: "muted"}, [p.trainable ? "" : "frozen", p.same_as ? `tied to ${p.same_as}` : ""].filter(Boolean).join(", ")),
   ]);
   return [h("section", {class: "block"}, h("h3", null, "Parameters"), table("Parameters", columns, rows))];
 }
 
+const placed = (placements) => placements
+  .map((word, i) => (replicated(word) || !inner[i] ? "" : `${inner[i].name} ${word}`)).filter(Boolean).join(", ") || "R";
+
+// Columns that begin with # are of numbers.
 function table(label, columns, rows) {
   return h("div", {class: "scroll"}, h("table", {"aria-label": label},
-    h("thead", null, h("tr", null, columns.map((c) => h("th", {scope: "col"}, c)))), h("tbody", null, rows.map((cells) => h("tr", null, cells)))));
+    h("thead", null, h("tr", null, columns.map((c) => h("th", {scope: "col", class: c.startsWith("#") ? "number" : null}, c.replace("#", ""))))), h("tbody", null, rows.map((cells) => h("tr", null, cells)))));
 }
 
 function hooksIn(module) {
@@ -86,13 +91,19 @@ function diagramOf(module) {
   const text = data.diagrams[module.name];
   if (!text) return [];
   const parsed = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
-  if (parsed.nodeName !== "svg") return [];
-  const drawing = document.importNode(parsed, true);
-  for (const element of [drawing, ...drawing.querySelectorAll("*")]) {
-    if (!DRAWN.has(element.nodeName)) { element.remove(); continue; }
-    for (const {name, value} of [...element.attributes]) {
-      if (!SET.test(name) || (/url/i.test(value) && !/^url\(#[\w-]+\)$/.test(value))) element.removeAttribute(name);
-    }
+  if (parsed.nodeName !== "svg" || parsed.querySelector("parsererror")) return [];
+  return [h("section", {class: "block"}, h("h3", null, "Flow"), h("figure", {class: "diagram"}, redrawn(parsed)))];
+}
+
+// Made anew: what is imported would be loaded before it can be looked at.
+function redrawn(element) {
+  const copy = document.createElementNS("http://www.w3.org/2000/svg", element.nodeName);
+  for (const {name, value} of element.attributes) {
+    if (SET.test(name) && (!/url/i.test(value) || /^url\(#[\w-]+\)$/.test(value))) copy.setAttribute(name, value);
   }
-  return [h("section", {class: "block"}, h("h3", null, "Flow"), h("figure", {class: "diagram"}, drawing))];
+  for (const child of element.childNodes) {
+    if (child.nodeType === Node.TEXT_NODE) copy.append(child.data);
+    else if (DRAWN.has(child.nodeName)) copy.append(redrawn(child));
+  }
+  return copy;
 }

@@ -11,7 +11,7 @@ function startRanks() {
   const at = new Map(spots.map((spot, i) => [spot.rank, i]));
   const about = data.held.about ? "about " : "";
   const share = (i) => `${about}${percent(held(i) / modules.size[0])}`;
-  const label = `${many(spots.length, "rank")}; ${many(data.held.counts.length ? new Set(data.held.alike).size : 0, "different part")} of the parameters`;
+  const label = `${many(spots.length, "rank")}; ${many(new Set(data.held.alike).size, "different part")} of the parameters`;
   const rows = spots.slice(0, ROWS).map(({rank, place}, i) => [
     h("td", {class: "number"}, String(rank)), place.map((c) => h("td", {class: "number"}, String(c))),
     stageAxis >= 0 ? h("td", null, stagesAt(place).join(", ")) : null,
@@ -21,7 +21,7 @@ function startRanks() {
     h("section", {class: "block"}, h("h3", null, "Mesh"), h("p", {class: "muted"}, "Ranks of one colour hold the same parameters."),
       mesh(label, (rank) => ({key: data.held.alike[at.get(rank)], text: percent(held(at.get(rank)) / modules.size[0])}))),
     h("section", {class: "block"}, h("h3", null, "Ranks"),
-      table("Ranks", ["rank", ...data.axes.map((axis) => axis.name), ...(stageAxis >= 0 ? ["stages"] : []), "parameters", "", "share"], rows),
+      table("Ranks", ["#rank", ...data.axes.map((axis) => `#${axis.name}`), ...(stageAxis >= 0 ? ["stages"] : []), "#parameters", "", "#share"], rows),
       spots.length > ROWS ? h("p", {class: "muted"}, `and ${whole(spots.length - ROWS)} more`) : null));
 }
 

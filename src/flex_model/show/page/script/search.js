@@ -37,6 +37,8 @@ function onSearch() {
     if (!(error instanceof SyntaxError)) throw error;
     told = "not a pattern yet";
   }
+  const code = () => capturing(python(query), "", "list(acts)");
+  byId("taken").replaceChildren(...(found.length && isGlob(query) ? [copyButton(`capture of ${query}`, code, "Copy the capture")] : []));
   active = -1;
   search.removeAttribute("aria-activedescendant");
   search.setAttribute("aria-expanded", String(Boolean(query)));
@@ -44,7 +46,7 @@ function onSearch() {
   matches.replaceChildren(...found.slice(0, SHOWN).map(option));
   if (found.length > SHOWN) matches.append(h("li", {role: "presentation", class: "muted"}, `and ${whole(found.length - SHOWN)} more`));
   matches.hidden = !query;
-  tree.hidden = Boolean(query);
+  for (const element of [tree, byId("columns")]) element.hidden = Boolean(query);
 }
 
 const option = (i, at) => h("li", {role: "option", id: `match${at}`, "aria-selected": "false", "data-module": i},

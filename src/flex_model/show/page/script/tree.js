@@ -2,6 +2,7 @@
 // the single ones. Entries are {type, key, level, run, at, of}; ``run``: numbers of modules.
 const tree = byId("tree");
 const PAGE = 200;
+const FIRST = 8;  // rows to begin with, or more
 let visible = [];
 let current = null;
 
@@ -49,12 +50,18 @@ function cells(item) {
     h("span", {class: "name"}, h("span", {class: "twisty", "aria-hidden": "true"}), h("b", null, module.label + last),
       times > 1 ? h("span", {class: "times"}, `×${whole(times)}`) : null,
       h("span", {class: "muted"}, module.kind)),
-    h("span", {class: "number"}, module.sameAs ? "shared" : module.size ? amount(module.size) + (times > 1 ? " each" : "") : ""),
+    h("span", {class: "number"}, sizeWords(module, times)),
     h("span", {class: "shape"}, out ? (out.refusal ? "refused" : shape(out.shape ?? out.local)) : ""),
     h("span", {class: "tags"}, out ? tags(out.placements ?? []) : null,
       module.stages.length && stageAxis >= 0 ? h("span", {class: "tag"}, `stage ${module.stages.join(", ")}`) : null,
       module.hooks.length ? h("span", {class: "hook"}, `${on ? "●" : "○"} ${many(module.hooks.length, "hook")}`) : null),
   ];
+}
+
+function sizeWords(module, times) {
+  if (module.sameAs) return "shared";
+  if (!module.size) return module.parameters.some((p) => p.same_as) ? "tied" : "";
+  return amount(module.size) + (times > 1 ? " each" : "");
 }
 
 const tags = (placements) => placements.map((word, i) =>
@@ -66,7 +73,7 @@ function unfold(item) {
   item.element.setAttribute("aria-expanded", "true");
   const children = below(item);
   put(children, visible.indexOf(item));
-  if (children.length === 1) unfold(children[0]);
+  if (children.length === 1 && children[0].type === "module") unfold(children[0]);
 }
 
 function foldUp(item) {
@@ -89,15 +96,19 @@ function showMore(item) {
   return next[0];
 }
 
-// Make it the row that the Tab key comes to, and show its module.
-function choose(item, focus = true) {
-  if (item.type === "more") item = showMore(item);
+// Make it the row that the Tab key comes to.
+function moveTo(item, focus) {
   if (current) { current.element.tabIndex = -1; current.element.setAttribute("aria-selected", "false"); }
   current = item;
   item.element.tabIndex = 0;
   item.element.setAttribute("aria-selected", "true");
   if (focus) item.element.focus();
-  showModule(item.run[0], item.run);
+}
+
+// And show its module.
+function choose(item, focus = true) {
+  moveTo(item, focus);
+  if (item.type !== "more") showModule(item.run[0], item.run);
 }
 
 const parentOf = (item) => visible.slice(0, visible.indexOf(item)).findLast((other) => other.level < item.level);
@@ -145,27 +156,25 @@ const KEYS = {
 };
 
 function toggle(item) {
-  if (item.type === "more") choose(item);
+  if (item.type === "more") choose(showMore(item));
   else if (item.open) foldUp(item);
   else unfold(item);
 }
 
 function startTree() {
   put([entry("module", [0], 1, 0, 1)], -1);
-  unfold(visible[0]);
-  for (let item = visible[0]; visible.length < 8 && item; item = visible.at(-1)) {
-    const last = visible.find((other) => unfolds(other) && !other.open && other.type === "module");
-    if (!last) break;
-    unfold(last);
+  let next = visible[0];
+  while (next && visible.length < FIRST) {
+    unfold(next);
+    next = visible.find((item) => item.type === "module" && unfolds(item) && !item.open);
   }
   choose(visible[0], false);
   tree.addEventListener("click", (event) => {
     const element = event.target.closest("[role=treeitem]");
     if (!element) return;
-    const known = current;
-    if (element.item.type === "more") { choose(element.item); return; }
-    if (event.target.classList.contains("twisty") || known === element.item) toggle(element.item);
-    choose(element.item);
+    const again = element.item === current || element.item.type === "more";
+    if (event.target.classList.contains("twisty") || again) toggle(element.item);
+    if (element.isConnected) choose(element.item);
   });
   tree.addEventListener("keydown", (event) => {
     const act = KEYS[event.key];
@@ -173,7 +182,6 @@ function startTree() {
     if (!act || !item || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     const next = act(item, visible.indexOf(item));
-    if (next?.type === "more") { tree.querySelectorAll("[tabindex='0']").forEach((e) => { e.tabIndex = -1; }); next.element.tabIndex = 0; next.element.focus(); }
-    else if (next) choose(next);
+    if (next) choose(next);
   });
 }
