@@ -422,6 +422,15 @@ def test_layouts_on_the_mesh(open_page: Open) -> None:
     assert "split along dim 2" in out.locator(".mesh").get_attribute("aria-label")
 
 
+def test_stages_on_the_mesh(open_page: Open) -> None:
+    tab = open_page(run_world(2, _held, "gpipe")[0][3])
+    tab.module("layers.1")
+    assert "On stage " in tab.find("#panel-module").inner_text() and tab.find(".tag").first.inner_text() == "stage 0, 1"
+    assert tab.find(".site .mesh").first.locator(".cell.away").count() == 1
+    tab.role("tab", "Ranks").click()
+    assert "stages" in tab.find("#panel-ranks thead").inner_text()
+
+
 def test_big_meshes_are_cut(open_page: Open, net: Outline) -> None:
     sizes = (8, 2, 64)
     axes = tuple(replace(a, name=n, size=s) for a, n, s in zip(_axes(), ("dp", "cp", "tp"), sizes, strict=True))
@@ -469,7 +478,7 @@ def test_light_and_dark(scheme: str, open_page: Open, net: Outline) -> None:
     assert tab.page.evaluate(back) == before  # what was picked stays
     fresh = open_page(page(net), color_scheme=scheme)
     fresh.page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
-    fresh.page.wait_for_function(f"{back} !== '{before}'", timeout=5000)
+    pytest.importorskip("playwright.sync_api").expect(fresh.find("body")).not_to_have_css("background-color", before)
 
 
 class Wide(nn.Module):
@@ -510,6 +519,23 @@ def test_ten_thousand_modules(open_page: Open) -> None:
     assert tab.find("[role=treeitem]").count() == first + 200
     tab.module("layers.1249.6")
     assert tab.find("[role=treeitem][aria-selected=true] b").inner_text() == "6"
+
+
+def test_ten_thousand_that_are_alike(open_page: Open) -> None:
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(10_000)))
+    tab = open_page(page(FlexModel(model).show().outline))
+    assert tab.rows() == ["(model)", "0-9999"]
+    tab.module("5000")
+    rows = tab.find("[role=treeitem]")
+    assert rows.count() == 2 + 200 + 1 + 200 + 1  # the first page, a row for what is left out, its own page, the rest
+    assert rows.nth(202).inner_text() == rows.last.inner_text() == "4,800 more"
+    assert tab.find("[aria-selected=true] b").inner_text() == "5000"
+    assert "One of" not in tab.find("#panel-module").inner_text()
+    rows.last.click()
+    assert rows.count() == 604 and tab.find("#panel-module h2").inner_text() == "5200"
+    print(f"10,000 alike: {rows.count()} rows made")
+    tab.find(".times").click()
+    assert "One of 10,000 that are alike: 0 to 9999" in tab.find("#panel-module").inner_text()
 
 
 # -- text is text ------------------------------------------------------------------------------------------------

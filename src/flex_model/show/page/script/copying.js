@@ -12,8 +12,8 @@ function snippets(name, side, index) {
   return [
     ["Capture", capturing(key, options, `acts[${literal(name) === name ? key : python(name)}]`)],
     ["Edit", `with fm.edit(${key}, lambda x: x * 2${options}):\n    fm(**inputs)`],
-    ["Register", `hook = HookFunction(${python(name)}, editing_function=lambda x: x * 2${index ? `, unpack_idx=${index}` : ""})\n` +
-      `handle = fm.${REGISTER[side]}(hook)`],
+    ["Register", `hook = HookFunction(\n    ${python(name)},\n    editing_function=lambda x: x * 2,\n` +
+      `${index ? `    unpack_idx=${index},\n` : ""})\nhandle = fm.${REGISTER[side]}(hook)`],
   ];
 }
 

@@ -41,7 +41,7 @@ function site(value, stages) {
   const lines = [
     ...inner.map((axis, i) => h("p", null, h("span", {class: "muted"}, `${axis.name}: `), spoken(placements[i] ?? "R"))),
     local ? h("p", null, h("span", {class: "muted"}, `on rank ${data.rank}: `), h("span", {class: "mono"}, local)) : null,
-    value.evidence ? h("p", {class: "muted"}, `known from ${value.evidence}`) : null,
+    value.evidence ? h("p", null, h("span", {class: "muted"}, "evidence: "), value.evidence) : null,
   ];
   return h("article", {class: "site"}, h("div", {class: "words"}, title, lines), meshOf(placements, stages));
 }

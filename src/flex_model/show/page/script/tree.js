@@ -1,12 +1,12 @@
 // The tree of modules: a row is made when it is unfolded. A run of modules that are alike is one row, which unfolds to
-// the single ones. Entries are {type, key, level, run, at, of}; ``run``: numbers of modules.
+// the single ones. Entries are {type, run, level, at, of, open}; `run`: numbers of modules.
 const tree = byId("tree");
 const PAGE = 200;
 const FIRST = 8;  // rows to begin with, or more
 let visible = [];
 let current = null;
 
-const entry = (type, run, level, at, of) => ({type, key: `${type}${run[0]}`, run, level, at, of, open: false});
+const entry = (type, run, level, at, of) => ({type, run, level, at, of, open: false});
 
 function below(parent) {
   const level = parent.level + 1;
@@ -15,11 +15,13 @@ function below(parent) {
   return cut(runs.map((run, at) => entry(run.length > 1 ? "run" : "module", run, level, at, runs.length)));
 }
 
-function cut(entries) {
-  if (entries.length <= PAGE) return entries;
-  const rest = {...entries[PAGE], type: "more", key: `more${entries[PAGE].run[0]}`, rest: entries.slice(PAGE)};
-  return [...entries.slice(0, PAGE), rest];
+// A page of many entries, with a row for those before and one for those after.
+function cut(entries, from = 0) {
+  const [before, after] = [entries.slice(0, from), entries.slice(from + PAGE)];
+  return [before, entries.slice(from, from + PAGE), after].flatMap((part, i) => (i === 1 || !part.length ? part : [more(part)]));
 }
+
+const more = (rest) => ({...rest[0], type: "more", rest});
 
 const unfolds = (item) => item.type === "run" || (item.type === "module" && modules.runs[item.run[0]].length > 0);
 
@@ -34,7 +36,7 @@ function row(item) {
   item.element = h("div", {
     role: "treeitem", class: `item ${item.type}`, "aria-level": item.level, "aria-posinset": item.at + 1,
     "aria-setsize": item.of, "aria-selected": "false", "aria-expanded": unfolds(item) ? "false" : null, tabindex: "-1",
-  }, item.type === "more" ? `Show more of ${whole(item.rest.length)} that are left` : cells(item));
+  }, item.type === "more" ? `${whole(item.rest.length)} more` : cells(item));
   item.element.style.setProperty("--level", item.level - 1);
   item.element.item = item;
   return item.element;
@@ -87,9 +89,9 @@ function foldUp(item) {
   if (gone.includes(current)) choose(item);
 }
 
-function showMore(item) {
+function showMore(item, from = 0) {
   const at = visible.indexOf(item);
-  const next = cut(item.rest);
+  const next = cut(item.rest, from);
   put(next, at);
   item.element.remove();
   visible.splice(at, 1);
@@ -130,9 +132,13 @@ function reveal(i, focus = false) {
 function find(parent, i) {
   unfold(parent);
   for (let at = visible.indexOf(parent) + 1; ; at += 1) {
-    let item = visible[at];
-    if (item.type === "more" && item.level === parent.level + 1) item = showMore(item);
-    if (item.level === parent.level + 1 && item.run.includes(i)) return item;
+    const item = visible[at];
+    if (item.level !== parent.level + 1) continue;
+    if (item.type !== "more" && item.run.includes(i)) return item;
+    const hidden = (item.rest ?? []).findIndex((other) => other.run.includes(i));
+    if (hidden < 0) continue;
+    showMore(item, hidden - (hidden % PAGE));
+    at -= 1;  // look at what came in its place
   }
 }
 
