@@ -40,7 +40,7 @@ class _Pool:
 def page_data(outline: Outline) -> dict[str, Any]:
     """Only what JSON knows."""
     nodes = [*outline.root.walk()]
-    share = held(outline)
+    share, drawings = held(outline), _Pool()
     return {
         "axes": [asdict(axis) for axis in outline.axes],
         "ranks": outline.ranks,
@@ -50,7 +50,8 @@ def page_data(outline: Outline) -> dict[str, Any]:
         "observed": outline.observed,
         "places": {str(stage): at for stage, at in outline.places.items()},
         "held": asdict(share),
-        "diagrams": {name: _STYLE.sub("", drawing) for name, drawing in outline.diagrams.items()},
+        "diagrams": {name: drawings.number(_STYLE.sub("", drawing)) for name, drawing in outline.diagrams.items()},
+        "drawings": drawings.things,
         "hooks": [_hook(hooked, i, node) for i, node in enumerate(nodes) for hooked in node.hooks],
         **_modules(outline.root, nodes),
     }

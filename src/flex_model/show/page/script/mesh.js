@@ -1,6 +1,6 @@
 // The mesh as cells, a rank each: cells of one colour and letter hold the same. The last two axes are a grid, those
 // before them a grid of grids. Big meshes are cut, with a word.
-const CELLS = 12;
+const CELLS = 10;
 const GRIDS = 4;
 
 // cellOf(rank, place) gives {key, text, away, partial}; label is what a screen reader says of it all.

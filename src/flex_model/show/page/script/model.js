@@ -7,6 +7,10 @@ modules.runs.forEach((runs, i) => runs.flat().forEach((child) => { parents[child
 const hooksOf = new Map();
 for (const hook of data.hooks) hooksOf.set(hook.module, [...(hooksOf.get(hook.module) ?? []), hook]);
 
+// How many hooks are on modules below one.
+const hooksBelow = new Int32Array(count);
+for (const hook of data.hooks) for (let at = parents[hook.module]; at >= 0; at = parents[at]) hooksBelow[at] += 1;
+
 function moduleOf(i) {
   return {
     name: modules.name[i], label: modules.label[i] || "(model)", kind: pools.kinds[modules.kind[i]],

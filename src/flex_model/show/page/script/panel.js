@@ -88,7 +88,7 @@ const DRAWN = new Set(["svg", "g", "defs", "marker", "path", "rect", "circle", "
 const SET = /^(class|d|x|y|x1|x2|y1|y2|cx|cy|r|rx|ry|dx|dy|width|height|viewBox|points|transform|id|role|aria-label|marker-(start|mid|end)|orient|refX|refY|marker(Width|Height|Units)|fill(-opacity)?|stroke(-.*)?|text-anchor|dominant-baseline)$/;
 
 function diagramOf(module) {
-  const text = data.diagrams[module.name];
+  const text = data.drawings[data.diagrams[module.name]];
   if (!text) return [];
   const parsed = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
   if (parsed.nodeName !== "svg" || parsed.querySelector("parsererror")) return [];

@@ -56,7 +56,8 @@ function cells(item) {
     h("span", {class: "shape"}, out ? (out.refusal ? "refused" : shape(out.shape ?? out.local)) : ""),
     h("span", {class: "tags"}, out ? tags(out.placements ?? []) : null,
       module.stages.length && stageAxis >= 0 ? h("span", {class: "tag"}, `stage ${module.stages.join(", ")}`) : null,
-      module.hooks.length ? h("span", {class: "hook"}, `${on ? "●" : "○"} ${many(module.hooks.length, "hook")}`) : null),
+      module.hooks.length ? h("span", {class: "hook"}, `${on ? "●" : "○"} ${many(module.hooks.length, "hook")}`) : null,
+      hooksBelow[item.run[0]] ? h("span", {class: "hook inside"}, `${whole(hooksBelow[item.run[0]])} inside`) : null),
   ];
 }
 
