@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["frame", "page"]
 
-_SCRIPTS = ("dom", "glob", "model", "mesh", "tree", "search", "copying", "panel", "hooks", "ranks", "start")
+_SCRIPTS = (
+    *("dom", "glob", "model", "mesh", "values", "diagram", "copying", "panel", "tree", "search", "hooks", "ranks"),
+    "start",
+)
 _LINES = 200  # of the tree for readers without scripts
 
 

@@ -50,14 +50,18 @@ function copyButton(title, text, label = "Copy") {
   return button;
 }
 
-function codeSection(module) {
+const codeBox = (title, code) => h("div", {class: "code"},
+  h("div", {class: "bar"}, title, copyButton(title, () => code)), h("pre", {tabindex: "0"}, code));
+
+function codeOf(module) {
   const sites = module.values.length ? outFirst(module.values) : [{side: "out", index: 0}];
-  const choice = h("select", {"aria-label": "Value to hook"}, sites.map((value, i) => h("option", {value: i}, siteName(value))));
+  const options = sites.map((value, i) => h("option", {value: i}, siteName(value)));
+  const choice = h("select", {"aria-label": "Value to hook"}, options);
   const list = h("div", {class: "codes"});
   const draw = () => {
     const site = sites[Number(choice.value)];
-    list.replaceChildren(...snippets(module.name, site.side, site.index ?? 0).map(([title, code]) =>
-      h("div", {class: "code"}, h("div", {class: "bar"}, title, copyButton(title, () => code)), h("pre", {tabindex: "0"}, code))));
+    const found = snippets(module.name, site.side, site.index ?? 0);
+    list.replaceChildren(...found.map(([title, code]) => codeBox(title, code)));
   };
   choice.addEventListener("change", draw);
   draw();

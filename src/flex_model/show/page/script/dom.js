@@ -12,6 +12,19 @@ function h(tag, attributes, ...children) {
   return element;
 }
 
+const span = (kind, ...children) => h("span", {class: kind}, ...children);
+const p = (kind, ...children) => h("p", {class: kind}, ...children);
+const block = (title, ...children) => h("section", {class: "block"}, h("h3", null, title), ...children);
+
+// Columns that begin with # are of numbers.
+function table(label, columns, rows) {
+  const kind = (column) => (column.startsWith("#") ? "number" : null);
+  const head = columns.map((column) => h("th", {scope: "col", class: kind(column)}, column.replace("#", "")));
+  const body = rows.map((cells) => h("tr", null, cells));
+  const made = h("table", {"aria-label": label}, h("thead", null, h("tr", null, head)), h("tbody", null, body));
+  return h("div", {class: "scroll"}, made);
+}
+
 // A count in few characters, as in the printed tree: 1.23k, 135M.
 function amount(number) {
   const units = ["", "k", "M", "B", "T"];

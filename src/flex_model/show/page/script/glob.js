@@ -8,7 +8,9 @@ function globToRegExp(pattern) {
     if (token === "**") return "[^\\n]*";
     if (token === "*") return "[^.]*";
     if (token === "?") return "[^.]";
-    if (token.startsWith("[") && token.length > 1) return `[${token.slice(1, -1).replace(/[\\[]/g, "\\$&").replace(/^!/, "^")}]`;
+    if (token.startsWith("[") && token.length > 1) {
+      return `[${token.slice(1, -1).replace(/[\\[]/g, "\\$&").replace(/^!/, "^")}]`;
+    }
     return token.replace(/[\\^$.*+?()[\]{}|/]/gu, "\\$&");
   });
   return new RegExp(`^(?:${out.join("")})$`, "u");

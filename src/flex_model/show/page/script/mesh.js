@@ -17,8 +17,8 @@ function level(ranks, depth, place, cellOf) {
 
 function grids(ranks, depth, place, cellOf) {
   const axis = data.axes[depth];
-  const drawn = ranks.slice(0, GRIDS).map((part, i) =>
-    h("div", {class: "part"}, h("span", {class: "axis"}, `${axis.name} ${i}`), level(part, depth + 1, [...place, i], cellOf)));
+  const drawn = ranks.slice(0, GRIDS).map((part, i) => h("div", {class: "part"},
+    span("axis", `${axis.name} ${i}`), level(part, depth + 1, [...place, i], cellOf)));
   return h("div", {class: "grids"}, drawn, rest(axis, GRIDS));
 }
 
@@ -27,14 +27,14 @@ function grid(rows, depth, place, cellOf) {
   const twoAxes = data.axes.length - depth === 2;
   const column = data.axes.at(-1);
   const drawn = rows.slice(0, CELLS).map((ranks, i) => h("div", {class: "row"},
-    twoAxes ? h("span", {class: "axis"}, `${data.axes[depth].name} ${i}`) : null,
+    twoAxes ? span("axis", `${data.axes[depth].name} ${i}`) : null,
     ranks.slice(0, CELLS).map((rank, j) => cell(rank, cellOf(rank, [...place, ...(twoAxes ? [i] : []), j])))));
-  return h("div", {class: "grid"}, h("span", {class: "axis"}, `${column.name} →`), drawn,
+  return h("div", {class: "grid"}, span("axis", `${column.name} →`), drawn,
     twoAxes ? rest(data.axes[depth], CELLS) : null, rest(column, CELLS));
 }
 
 const rest = (axis, shown) =>
-  axis.size > shown ? h("span", {class: "axis"}, `and ${whole(axis.size - shown)} more along ${axis.name}`) : null;
+  axis.size > shown ? span("axis", `and ${whole(axis.size - shown)} more along ${axis.name}`) : null;
 
 function cell(rank, {key, text, away, partial}) {
   const element = h("span", {class: `cell${away ? " away" : ""}${partial ? " partial" : ""}`},

@@ -38,19 +38,21 @@ function onSearch() {
     told = "not a pattern yet";
   }
   const code = () => capturing(python(query), "", "list(acts)");
-  byId("taken").replaceChildren(...(found.length && isGlob(query) ? [copyButton(`capture of ${query}`, code, "Copy the capture")] : []));
+  const button = found.length && isGlob(query) ? copyButton(`capture of ${query}`, code, "Copy the capture") : "";
+  byId("taken").replaceChildren(button);
   active = -1;
   search.removeAttribute("aria-activedescendant");
   search.setAttribute("aria-expanded", String(Boolean(query)));
   byId("found").textContent = told;
   matches.replaceChildren(...found.slice(0, SHOWN).map(option));
-  if (found.length > SHOWN) matches.append(h("li", {role: "presentation", class: "muted"}, `and ${whole(found.length - SHOWN)} more`));
+  const more = found.length - SHOWN;
+  if (more > 0) matches.append(h("li", {role: "presentation", class: "muted"}, `and ${whole(more)} more`));
   matches.hidden = !query;
   for (const element of [tree, byId("columns")]) element.hidden = Boolean(query);
 }
 
 const option = (i, at) => h("li", {role: "option", id: `match${at}`, "aria-selected": "false", "data-module": i},
-  h("b", null, modules.name[i] || "(model)"), h("span", {class: "muted"}, pools.kinds[modules.kind[i]]));
+  h("b", null, modules.name[i] || "(model)"), span("muted", pools.kinds[modules.kind[i]]));
 
 function activate(at) {
   const options = matches.querySelectorAll("[role=option]");

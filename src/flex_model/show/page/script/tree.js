@@ -17,11 +17,10 @@ function below(parent) {
 
 // A page of many entries, with a row for those before and one for those after.
 function cut(entries, from = 0) {
-  const [before, after] = [entries.slice(0, from), entries.slice(from + PAGE)];
-  return [before, entries.slice(from, from + PAGE), after].flatMap((part, i) => (i === 1 || !part.length ? part : [more(part)]));
+  return [...more(entries.slice(0, from)), ...entries.slice(from, from + PAGE), ...more(entries.slice(from + PAGE))];
 }
 
-const more = (rest) => ({...rest[0], type: "more", rest});
+const more = (rest) => (rest.length ? [{...rest[0], type: "more", rest}] : []);
 
 const unfolds = (item) => item.type === "run" || (item.type === "module" && modules.runs[item.run[0]].length > 0);
 
@@ -47,17 +46,17 @@ function cells(item) {
   const out = module.values.find((value) => value.side === "out");
   const times = item.run.length;
   const last = times > 1 ? `-${modules.label[item.run.at(-1)]}` : "";
+  const inside = hooksBelow[item.run[0]];
   const on = module.hooks.filter((hook) => hook.enabled).length;
   return [
-    h("span", {class: "name"}, h("span", {class: "twisty", "aria-hidden": "true"}), h("b", null, module.label + last),
-      times > 1 ? h("span", {class: "times"}, `×${whole(times)}`) : null,
-      h("span", {class: "muted"}, module.kind)),
-    h("span", {class: "number"}, sizeWords(module, times)),
-    h("span", {class: "shape"}, out ? (out.refusal ? "refused" : shape(out.shape ?? out.local)) : ""),
-    h("span", {class: "tags"}, out ? tags(out.placements ?? []) : null,
-      module.stages.length && stageAxis >= 0 ? h("span", {class: "tag"}, `stage ${module.stages.join(", ")}`) : null,
-      module.hooks.length ? h("span", {class: "hook"}, `${on ? "●" : "○"} ${many(module.hooks.length, "hook")}`) : null,
-      hooksBelow[item.run[0]] ? h("span", {class: "hook inside"}, `${whole(hooksBelow[item.run[0]])} inside`) : null),
+    span("name", h("span", {class: "twisty", "aria-hidden": "true"}), h("b", null, module.label + last),
+      times > 1 ? span("times", `×${whole(times)}`) : null, span("muted", module.kind)),
+    span("number", sizeWords(module, times)),
+    span("shape", out ? (out.refusal ? "refused" : shape(out.shape ?? out.local)) : ""),
+    span("tags", out ? tags(out.placements ?? []) : null,
+      module.stages.length && stageAxis >= 0 ? span("tag", `stage ${module.stages.join(", ")}`) : null,
+      module.hooks.length ? span("hook", `${on ? "●" : "○"} ${many(module.hooks.length, "hook")}`) : null,
+      inside ? span("hook inside", `${whole(inside)} inside`) : null),
   ];
 }
 
@@ -68,7 +67,7 @@ function sizeWords(module, times) {
 }
 
 const tags = (placements) => placements.map((word, i) =>
-  (replicated(word) || !inner[i] ? null : h("span", {class: "tag split"}, `${inner[i].name} ${word}`)));
+  (replicated(word) || !inner[i] ? null : span("tag split", `${inner[i].name} ${word}`)));
 
 function unfold(item) {
   if (!unfolds(item) || item.open) return;
