@@ -362,6 +362,16 @@ def test_hooks_by_group(open_page: Open) -> None:
     assert tab.find("#panel-module h2").inner_text() == "model.layers.1.mlp"
 
 
+def test_why_a_hook_has_not_fired(open_page: Open) -> None:
+    fm = llama()
+    fm.register_forward_hook(HookFunction("model.norm"))
+    why = fm.hooks()[0].missed
+    tab = open_page(page(fm.show().outline))
+    tab.role("tab", "Hooks (1)").click()
+    assert why and tab.find("#panel-hooks td.reason").inner_text() == why
+    assert tab.find(".cost").inner_text() == "nothing moves"
+
+
 def _costs() -> list[Any]:
     fm = FlexModel(engines.place("tp", models.net()).model, {}, deliver="all")
     fm.register_forward_hook(HookFunction("layers.0.mlp.up"))

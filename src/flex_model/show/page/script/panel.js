@@ -32,7 +32,7 @@ function notesOn(module, run) {
 function parametersOf(module) {
   if (!module.parameters.length) return [];
   const spread = data.axes.length > 0;
-  const columns = spread ? ["name", "shape", `rank ${data.rank}`, "dtype", "layout", ""] : ["name", "shape", "dtype", ""];
+  const columns = ["name", "shape", ...(spread ? [`rank ${data.rank}`, "dtype", "layout"] : ["dtype"]), ""];
   const rows = module.parameters.map((parameter) => [
     h("td", {class: "mono"}, parameter.name),
     h("td", {class: "mono"}, shapeMarked(parameter.shape, parameter.placements ?? [])),
