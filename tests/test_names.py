@@ -15,7 +15,7 @@ from worlds import run_world
 from flex_model import FlexModel, HookFunction
 from flex_model.core.naming.globs import glob_to_regex
 from flex_model.core.naming.names import Names
-from flex_model.errors import NameNotFoundError
+from flex_model.errors import NameNotFoundError, RegistrationError
 
 PLAIN = [n for n, _ in net().named_modules()]
 PARAMETERS = [n for n, _ in net().named_parameters()]
@@ -35,12 +35,20 @@ PARAMETERS = [n for n, _ in net().named_parameters()]
         ("layers.[!0].mlp", ["layers.1.mlp"], ["layers.0.mlp"]),
         ("layers.?", ["layers.0"], ["layers.10", "layers."]),
         ("a.b", ["a.b"], ["axb"]),
+        ("[]*$", ["[]$", "[]a$"], ["[", "[]"]),
+        ("[!]a]", ["[!]a]"], ["ba"]),
+        ("[a\\]", ["a", "\\"], ["a]"]),
     ],
 )
 def test_globs(pattern, yes, no):
     regex = glob_to_regex(pattern)
     assert all(regex.fullmatch(n) for n in yes)
     assert not any(regex.fullmatch(n) for n in no)
+
+
+def test_a_set_that_runs_backwards_is_refused():
+    with pytest.raises(RegistrationError, match=r"expected a pattern such as .* got 'layers.\[9-0\]'"):
+        Names(net()).match("layers.[9-0]")
 
 
 def test_patterns_choose_modules_in_the_models_order():

@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor
 from worlds import run_world
 
 from flex_model import FlexModel, HookFunction
+from flex_model.core.report import SiteRow
 from flex_model.errors import FlexModelError
 from flex_model.show import Outline
+from flex_model.show.outline import _value
 
 KINDS = {"in": "forward_pre", "out": "forward"}
 Shapes = dict[tuple[str, str, int], tuple[int, ...]]
@@ -158,6 +160,11 @@ def test_before_a_forward_there_are_no_shapes() -> None:
     assert str(fm.show()) == str(fm)
     fm.show(models.tokens())
     assert "output" in str(fm).splitlines()[1]
+
+
+def test_layouts_that_hooks_have_met_are_told_by_axis() -> None:
+    row = SiteRow("up", "Linear", "out", 0, (4, 8), "dp: _S(0, 2), tp: S(1)", "the value is a DTensor")
+    assert _value(row).placements == ("_S(0, 2)", "S(1)")
 
 
 def test_hooks_are_shown_where_they_are() -> None:

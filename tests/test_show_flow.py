@@ -59,6 +59,17 @@ def _under(engine: str, path: Path) -> Any:
     return _flows(FlexModel(placed.model), {k: placed.mine(v) for k, v in models.inputs("llama").items()})
 
 
+def _drawn(path: Path) -> list[str]:
+    placed = place("tp", models.make("llama"), path)
+    return list(FlexModel(placed.model).show(models.inputs("llama")).outline.diagrams)
+
+
+def test_ranks_draw(tmp_path: Path) -> None:
+    models.make("llama").save_pretrained(tmp_path)
+    for names in run_world(2, _drawn, tmp_path):
+        assert "model.layers.0" in names
+
+
 @pytest.mark.parametrize("engine", ["tp", "fsdp2", "ddp", "pp"])
 def test_flows_are_those_of_one_process(engine: str, tmp_path: Path) -> None:
     plain = models.make("llama")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from flex_model.show.outline import Node
 
-__all__ = ["Folded", "fold"]
+__all__ = ["Folded", "fold", "marks", "runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,16 @@ class Folded:
 
 def fold(root: Node) -> Folded:
     """The tree with runs of numbered modules that are alike as one; names of lists are put before their only entry."""
-    marks: dict[object, int] = {}
+    return _folded([root], marks(root))
+
+
+def marks(root: Node) -> dict[int, int]:
+    """{id of a node: a number, the same for nodes that are alike}."""
+    numbers: dict[object, int] = {}
     of: dict[int, int] = {}
     for node in reversed([*root.walk()]):  # children first
-        of[id(node)] = marks.setdefault(_looks(node, of), len(marks))
-    return _folded([root], of)
+        of[id(node)] = numbers.setdefault(_looks(node, of), len(numbers))
+    return of
 
 
 def _looks(node: Node, of: dict[int, int]) -> object:
@@ -64,7 +69,7 @@ def _looks(node: Node, of: dict[int, int]) -> object:
 
 def _folded(run: Sequence[Node], of: dict[int, int]) -> Folded:
     first = run[0]
-    children = tuple(_folded(one, of) for one in _runs(first.children, of))
+    children = tuple(_folded(one, of) for one in runs(first.children, of))
     label = first.label if len(run) == 1 else f"{first.label}-{run[-1].label}"
     if len(children) == 1 and len(run) == 1 and not (first.row.fires or first.row.parameters or first.hooks):
         only = children[0]
@@ -72,13 +77,14 @@ def _folded(run: Sequence[Node], of: dict[int, int]) -> Folded:
     return Folded(label, first, len(run), children, tuple(run))
 
 
-def _runs(nodes: Sequence[Node], of: dict[int, int]) -> list[list[Node]]:
-    runs: list[list[Node]] = []
+def runs(nodes: Sequence[Node], of: dict[int, int]) -> list[list[Node]]:
+    """Neighbours that are numbered and alike together, others alone; ``of``: their ``marks``."""
+    found: list[list[Node]] = []
     for node in nodes:
-        last = runs[-1][-1] if runs else None
+        last = found[-1][-1] if found else None
         follows = last is not None and last.label.isdigit() and node.label.isdigit() and of[id(last)] == of[id(node)]
         if follows:
-            runs[-1].append(node)
+            found[-1].append(node)
         else:
-            runs.append([node])
-    return runs
+            found.append([node])
+    return found

@@ -5,6 +5,7 @@ It is data, which the pictures draw: a tree in a terminal (``tree.py``), a page 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -69,6 +70,7 @@ class Outline:
     groups: tuple[str, ...]
     observed: bool
     flows: Mapping[str, Flow] = field(default_factory=dict)
+    places: Mapping[int, int] = field(default_factory=dict)  # {stage: where along the stage axis}
 
     @cached_property
     def diagrams(self) -> dict[str, str]:
@@ -110,6 +112,7 @@ def outline(runtime: Runtime, seen: Seen | None, *, together: bool = False) -> O
         tuple(runtime.groups.names),
         seen is not None,
         seen.flows if seen else {},
+        {table.stage: table.coordinate for table in runtime.names.stages.tables},
     )
 
 
@@ -147,7 +150,7 @@ def _known(runtime: Runtime) -> dict[tuple[str, str], list[ValueRow]]:
 
 
 def _value(row: SiteRow) -> ValueRow:
-    placed = tuple(part.partition(": ")[2] for part in row.layout.split(", "))
+    placed = tuple(part.partition(": ")[2] for part in re.split(r", (?=[^,]*: )", row.layout))
     return ValueRow(row.side, row.index or 0, row.shape, (), "", placed, row.evidence)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
+from flex_model.errors import RegistrationError
+
 __all__ = ["Pattern", "glob_to_regex"]
 
+_SET = r"\[(?![!^]?\])[^\]]+\]"
 Pattern = str | Iterable[str] | Callable[[str], bool]
 
 
@@ -17,9 +20,11 @@ def glob_to_regex(pattern: str) -> re.Pattern[str]:
     True
     >>> bool(glob_to_regex("layers.*").fullmatch("layers.3.mlp"))
     False
+
+    Raises RegistrationError for a set whose range runs backwards, ``[9-0]``. What is no set, ``[]``, is taken as it is.
     """
     out = []
-    for token in re.findall(r"\*\*|\*|\?|\[[^\]]*\]|.", pattern):
+    for token in re.findall(rf"\*\*|\*|\?|{_SET}|.", pattern):
         if token == "**":
             out.append(".*")
         elif token == "*":
@@ -27,7 +32,12 @@ def glob_to_regex(pattern: str) -> re.Pattern[str]:
         elif token == "?":
             out.append("[^.]")
         elif token.startswith("[") and len(token) > 1:
-            out.append(token.replace("[!", "[^", 1))
+            out.append(re.sub(r"(?<!^)([\\\[&~|])", r"\\\1", token).replace("[!", "[^", 1))
         else:
             out.append(re.escape(token))
-    return re.compile("".join(out))
+    try:
+        return re.compile("".join(out))
+    except re.error as error:
+        raise RegistrationError(
+            f"expected a pattern such as 'layers.[0-3].mlp', got {pattern!r}: {error.msg}."
+        ) from None
