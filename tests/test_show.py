@@ -210,6 +210,17 @@ def test_training_goes_on_as_before() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_hooks_are_off_meanwhile() -> None:
+    output: dict[str, Any] = {}
+    fm = FlexModel(models.net(), output)
+    fm.register_forward_hook(HookFunction("layers.0", editing_function=lambda x: x * 2))
+    with fm.capture("head") as acts:
+        fm.show(models.tokens())
+        assert not output and [h.fired for h in fm.hooks()] == [0, 0]
+        fm(models.tokens())
+    assert acts["head"].shape == (4, 6, 32) and len(output["layers.0"]) == 1
+
+
 def test_a_picture_is_saved(tmp_path: Path) -> None:
     picture = FlexModel(models.net()).show(models.tokens())
     assert picture.save(tmp_path / "net.txt").read_text(encoding="utf-8") == f"{picture}\n"

@@ -6,7 +6,8 @@ up along the axes that a value is sharded over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ def observe(
     notes = _Notes()
     bounds = _bounds(runtime, notes)
     run = forward or fm
-    with torch.random.fork_rng(runtime.gpus), evaluating(fm.module):
+    with _alone(runtime), torch.random.fork_rng(runtime.gpus), evaluating(fm.module):
         with hooks_on(runtime, bounds, [], {}, tell=False) as block:
             run(*args, **kwargs)
         with watch_flow(runtime.names.modules) as flows:
@@ -117,6 +118,17 @@ def observe(
     }
     unfired = {b.name: block.explain(b.key, False) for b in bounds if not b.fired and b.module is not None}
     return _of_all_stages(runtime, Seen(values, unfired, flows))
+
+
+@contextmanager
+def _alone(runtime: Runtime) -> Iterator[None]:
+    """No hook of the user's fires, so that nothing is captured, edited or counted."""
+    bounds, runtime.bounds = runtime.bounds, []
+    try:
+        yield
+    finally:
+        runtime.bounds = bounds
+        runtime.installed.put_on()
 
 
 def _bounds(runtime: Runtime, notes: _Notes) -> list[Bound]:
