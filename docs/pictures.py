@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shutil
+import tempfile
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,10 @@ import torch
 from torch import Tensor
 
 from flex_model import FlexModel, edits
+from flex_model.cli.show import sketch
+from flex_model.cli.spread import Spread
 from flex_model.lens import save_figure
+from flex_model.show import Picture
 
 FOLDER = Path(__file__).parent / "pictures"
 PAGE = FOLDER.with_suffix(".md")
@@ -34,11 +39,15 @@ Drawn by `python docs/pictures.py --model HuggingFaceTB/SmolLM2-135M`, which als
 "{text}".
 On many ranks the same code gives the same pictures, and the lowest rank writes them.
 
-| drawn by | what | saved by |
+| drawn by | what | saved by, as |
 |---|---|---|
-| [rich](https://rich.readthedocs.io) | tables, in colours on a terminal | `picture.save`: `.svg` (`.txt`, `.html`) |
-| [plotly](https://plotly.com/python) | figures, to point at and zoom into | `save_figure`: `.html` |
-| [kaleido](https://github.com/plotly/Kaleido), in a Chromium | the same figures, still | `.png`, `.svg`, `.pdf` |
+| [rich](https://rich.readthedocs.io) | trees and tables, in colours | `save`: `.txt`, `.svg`, `.png`, `.pdf` |
+| [igraph](https://python.igraph.org) | the nodes of a diagram, in layers | `save_diagram`: `.svg`, `.png`, `.pdf` |
+| [jinja2](https://jinja.palletsprojects.com) | the page of a model | `save`: `.html` |
+| [plotly](https://plotly.com/python) | figures to zoom into; charts of a run | `save_figure`: `.html` |
+| [kaleido](https://github.com/plotly/Kaleido) | the same figures, still | `save_figure`: `.svg`, `.png`, `.pdf` |
+
+Every `.png` and `.pdf` is drawn by a Chromium.
 """
 
 
@@ -65,14 +74,22 @@ class Drawn:
 
     def draw(self, setting: Setting) -> None:
         asked = [p for p in inspect.signature(self.function).parameters if p != "path"]
-        self.function(**{name: getattr(setting, name) for name in asked}, path=self.path)
+        given = {name: getattr(setting, name) for name in asked}
+        if self.function is not page:
+            self.function(**given, path=self.path)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            html = Path(folder) / "page.html"
+            self.function(**given, path=html)
+            screenshot(html, self.path)
 
     def section(self) -> str:
         """A heading, what it is, the code, the picture."""
         heading, _, text = inspect.cleandoc(self.function.__doc__ or "").partition("\n")
         source = inspect.getsource(self.function)
         body = source.split('"""\n', 1)[1] if source.count('"""') == 2 else source
-        code = textwrap.dedent(body).strip().replace("path)", f'"{self.path.name}")')
+        written = "page.html" if self.function is page else self.path.name
+        code = textwrap.dedent(body).strip().replace("path)", f'"{written}")')
         shown = f"![{heading.rstrip('.')}](pictures/{self.path.name})"
         about = f"{text.strip()}\n\n" if text.strip() else ""
         return f"## {heading.rstrip('.')}\n{about}```python\n{code}\n```\n{shown}\n\nDrawn by {self.by}.\n"
@@ -87,6 +104,47 @@ def picture(by: str = "plotly and kaleido", suffix: str = ".svg") -> Callable[[C
         return function
 
     return add
+
+
+# -- the model ---------------------------------------------------------------------------------------------------
+@picture(by="rich")
+def tree(fm: FlexModel, ids: Tensor, path: Path) -> None:
+    """A model as a tree
+
+    `print(fm.show(ids))` gives it as text, `flex-model show` without weights and for ranks that need not exist."""
+    with fm.edit("model.layers.5.mlp.act_fn", edits.zero([3])):
+        fm.show(ids).save(path)
+
+
+@picture(by="igraph")
+def block(fm: FlexModel, ids: Tensor, path: Path) -> None:
+    """How values flow in a block"""
+    fm.show(ids).save_diagram("model.layers.0", path)
+
+
+@picture(by="the page itself: HTML, CSS and JavaScript of this library in one file, here in a Chromium", suffix=".png")
+def page(fm: FlexModel, path: Path) -> None:
+    """The page of a model
+
+    Here of one that runs nowhere, as `flex-model show --model FOLDER --fsdp 2 --tp 3 --out page.html` writes it. In a
+    notebook `fm.show(ids)` is this page."""
+    picture = Picture(sketch(fm.config, Spread(fsdp=2, tp=3)))
+    picture.save(path)
+
+
+def screenshot(html: Path, path: Path) -> None:
+    """The page with a block chosen."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1300, "height": 900})
+        tab.goto(html.as_uri())
+        tab.fill("input[type=search]", "model.layers.0.mlp")
+        tab.keyboard.press("Enter")
+        tab.wait_for_timeout(500)
+        tab.screenshot(path=path)
+        browser.close()
 
 
 # -- captured values ---------------------------------------------------------------------------------------------
@@ -169,7 +227,7 @@ def differences(fm: FlexModel, ids: Tensor, decode: Callable[[int], str], path: 
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
-def page() -> str:
+def text() -> str:
     """What ``docs/pictures.md`` must be."""
     return "\n".join([INTRODUCTION.format(text=TEXT), *(drawn.section() for drawn in PICTURES)])
 
@@ -193,7 +251,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no picture is called {', '.join(sorted(unknown))}")
     FOLDER.mkdir(exist_ok=True)
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(text(), encoding="utf-8")
     if given.page:
         return
     setting = load(given.model)

@@ -154,6 +154,11 @@ def test_repeated_blocks_are_folded() -> None:
     assert sum("q_proj" in line for line in lines) == 2 and not any("x2" in line for line in lines)
 
 
+def test_a_cache_does_not_unfold() -> None:
+    fm = FlexModel(models.make("llama"))
+    assert "layers.0-1 x2" in str(fm.show({**models.inputs("llama"), "use_cache": True}))
+
+
 def test_before_a_forward_there_are_no_shapes() -> None:
     fm = FlexModel(models.net())
     assert "fm.show(inputs) finds all" in str(fm) and "output" not in str(fm).splitlines()[1]

@@ -624,5 +624,5 @@ def test_the_page_of_pictures_is_up_to_date() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python docs/pictures.py --page"
+    assert module.PAGE.read_text(encoding="utf-8") == module.text(), "run python docs/pictures.py --page"
     assert {drawn.path.name for drawn in module.PICTURES} == {path.name for path in module.FOLDER.iterdir()}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flex_model.show.outline import Node
+from flex_model.show.rows import ValueRow
 
 __all__ = ["Folded", "fold", "marks", "runs"]
 
@@ -60,11 +61,16 @@ def _looks(node: Node, of: dict[int, int]) -> object:
         bool(row.same_as),
         row.stages,
         tuple(replace(p, same_as="") for p in row.parameters),
-        tuple(replace(v, evidence="", refusal="refused" if v.refusal else "") for v in row.values),
+        tuple(replace(v, evidence="", refusal="refused" if v.refusal else "") for v in row.values if _counts(v)),
         tuple((*h[:-1], h[-1].collective, h[-1].elements) for h in hooks),
         bool(node.unfired),
         tuple((child.label, of[id(child)]) for child in node.children),
     )
+
+
+def _counts(value: ValueRow) -> bool:
+    """Not further inputs: a cache holds more with every layer."""
+    return value.side == "out" or value.index == 0
 
 
 def _folded(run: Sequence[Node], of: dict[int, int]) -> Folded:
