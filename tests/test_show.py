@@ -111,6 +111,35 @@ def test_shapes_of_families(engine: str, family: str, tmp_path: Path) -> None:
         assert whole == plain
 
 
+def _three(path: Path) -> list[Any]:
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    ids = torch.arange(12).view(2, 6)
+    plain = LlamaForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    split = LlamaForCausalLM.from_pretrained(
+        path, attn_implementation="eager", distributed_config=DistributedConfig(tp_size=3)
+    )
+    fm = FlexModel(split.eval())
+    outline = fm.show({"input_ids": ids, "use_cache": False}).outline
+    with fm.capture("**") as acts:
+        fm(input_ids=ids, use_cache=False)
+    captured = {name: tuple(value.shape) for name, value in acts.items()}
+    first = {n.row.name: v.shape for n in outline.root.walk() for v in n.row.values if (v.side, v.index) == ("out", 0)}
+    apart = {name: (shape, first[name]) for name, shape in captured.items() if first[name] != shape}
+    return [*compared(plain, lambda m: m(input_ids=ids, use_cache=False), outline), apart, len(captured)]
+
+
+def test_three_ranks_as_capture_returns_it(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=66, num_hidden_layers=2)).save_pretrained(tmp_path)
+    for right, wrong, missing, refused, whole, plain, apart, count in run_world(3, _three, tmp_path):
+        print(f"llama/tp of 3: {right} shapes as in the plain model, {count} as fm.capture returns them")
+        assert not wrong and not missing and not refused and not apart and count > 30 and whole == plain
+
+
 def _stages(family: str, path: Path) -> list[Any]:
     plain, model = load(family, path)
     batch = models.inputs(family)
