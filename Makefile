@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install environments demo test lint types clean
+.PHONY: help install environments demo test bench lint types clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: install  ## Find and remove the induction heads of a real model, split ove
 
 test: install  ## Run the tests
 	$(BIN)/python -m pytest
+
+bench: install  ## Measure what hooks cost, beside torch and peers: a page in benchmarks/results
+	$(BIN)/python benchmarks/bench.py
 
 lint: install  ## Check style
 	$(BIN)/ruff check

@@ -14,15 +14,12 @@ Without SmolLM2's weights part ``model`` runs a random Llama of ``--layers`` of 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 from datetime import date
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
+
+import pages
 
 HERE = Path(__file__).parent
 PARTS = ("disk", "model", "smollm2", "memory", "traffic", "kills", "peers")
@@ -63,38 +60,12 @@ def main() -> None:
     page = HERE / "results" / f"{date.today()}-harvest.md"
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="harvest-") as options.folder:
         for part in options.only.split(","):
-            about = how()
+            about = pages.how("python benchmarks/harvest.py")
             title, *told = import_module(f"harvests.{part}").report(options)
             section = "\n".join([f"## {title}", "", about, "", *told]).rstrip() + "\n"
             print(section, flush=True)
             if not options.dry:
-                put(page, section)
-
-
-def how() -> str:
-    """The command, where it ran, and what else ran there."""
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "numpy"))
-    words = " ".join(["python benchmarks/harvest.py", *sys.argv[1:]])
-    return (
-        f"`{words}`, at {commit()}; {versions}, Python {platform.python_version()}; {os.cpu_count()} cores, load "
-        f"average {os.getloadavg()[0]:.1f} before it began."
-    )
-
-
-def put(page: Path, section: str) -> None:
-    """A section on the day's page, in place of the one of its title."""
-    title, _, _ = section.partition("\n")
-    text = page.read_text() if page.exists() else f"# Harvests, {date.today()}\n"
-    kept = ["## " + one.strip() + "\n" for one in text.split("\n## ")[1:]]
-    at = next((i for i, one in enumerate(kept) if one.partition("\n")[0] == title), len(kept))
-    kept[at : at + 1] = [section]
-    page.write_text("\n".join([text.partition("\n## ")[0].strip() + "\n", *kept]))
-
-
-def commit() -> str:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "an unknown commit"
+                pages.put(page, section, f"Harvests, {date.today()}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harvests.cells import cell, measured, spread, table
+from cells import cell, measured, spread, table
 
 ROWS = 1024  # a step
 
@@ -100,7 +100,7 @@ def report(options: Any) -> list[str]:
     rows = [["rows in", "plain file, MiB/s", "harvest, MiB/s", "of the plain file", "CPU s a GiB: plain, harvest"]]
     for dtype in ("bfloat16", "float32"):
         (found,) = cell(
-            "disk",
+            "harvests.disk",
             "rounds",
             folder=options.folder,
             gib=options.gib,

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harvests.cells import cell, table
+from cells import cell, table
 
 ENGINES = {"fsdp2": "FSDP2", "tp": "tensor parallelism"}
 STEPS = 120
@@ -23,7 +23,7 @@ def report(options: Any) -> list[str]:
     rows = [["two ranks of", "kills", "last committed step at each", "stores that were done", "rows of each"]]
     for seed, (engine, title) in enumerate(ENGINES.items()):
         given = {"engine": engine, "folder": f"{options.folder}/{engine}", "kills": options.kills, "seed": seed}
-        (found,) = cell("kills", "killed", **given)
+        (found,) = cell("harvests.kills", "killed", **given)
         after = ", ".join(map(str, found["after"]))
         rows.append([title, len(found["after"]), after, f"{found['stores']}, all equal", found["rows"]])
     return [

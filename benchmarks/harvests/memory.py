@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from harvests.cells import cell, table
+from cells import cell, table
 from harvests.smollm2 import WORLDS
 
 
@@ -20,7 +20,7 @@ def report(options: Any) -> list[str]:
     found = []
     for n in lengths:
         path = Path(options.folder) / f"memory-{n}"
-        found.append(cell("smollm2", "harvested", ranks=ranks, axis=axis, path=str(path), tokens=n, **given))
+        found.append(cell("harvests.smollm2", "harvested", ranks=ranks, axis=axis, path=str(path), tokens=n, **given))
         shutil.rmtree(path)
     for rank, runs in enumerate(zip(*found, strict=True)):
         rows.append([f"TP {rank}", f"{runs[0]['before']:,.0f}", *(f"{run['peak']:,.0f}" for run in runs)])

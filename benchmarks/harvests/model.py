@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harvests.cells import cell, measured, spread, table
+from cells import cell, measured, spread, table
 from harvests.given import batches, by_hand, error, load
 
 
@@ -55,7 +55,7 @@ def report(options: Any) -> list[str]:
     errors = []
     for threads in (1, 2) if options.device == "cpu" else (1,):
         (found,) = cell(
-            "model",
+            "harvests.model",
             "rounds",
             model=options.model,
             folder=options.folder,

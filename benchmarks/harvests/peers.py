@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harvests.cells import cell, measured, spread, synced, table
+from cells import cell, measured, spread, synced, table
 from harvests.given import batches, by_hand, error, load
 
 Data = list[dict[str, Tensor]]
@@ -188,12 +188,12 @@ def _rows(tools: dict[str, Any], given: dict[str, Any], tokens: int, turns: int)
     for turn in range(-1, turns):
         for way, (_, python, packages) in tools.items() if turn % 2 else reversed(tools.items()):
             some = few | {"check": True} if turn < 0 else given | {"tokens": tokens}
-            found = cell("peers", "written", python=python, way=way, packages=packages, threads=1, **some)[0]
+            found = cell("harvests.peers", "written", python=python, way=way, packages=packages, threads=1, **some)[0]
             _versions[way] = found["versions"]
             if turn >= 0:
                 took[way].append(found)
         if turn < 0:
-            (apart,) = cell("peers", "compared", ways=list(tools), **few)
+            (apart,) = cell("harvests.peers", "compared", ways=list(tools), **few)
             assert max(apart.values()) < 1e-5, apart
     yield ["way", "tokens/s", "of ours", "CPU s", "most memory, MiB", "before", "MiB on disk", "error"]
     ours = [found["wall"] for found in took["flex_model"]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harvests.cells import cell, measured, table
+from cells import cell, measured, table
 from harvests.given import batches, load
 
 WORLDS = {"tp": 3, "fsdp": 2}
@@ -67,17 +67,18 @@ def report(options: Any) -> list[str]:
     folder = Path(options.folder)
     given = {"model": options.model, "samples": options.samples, "length": options.length}
     want = folder / "alone"
-    (one,) = cell("smollm2", "harvested", axis=None, path=str(want), tokens=options.tokens, **given)
+    (one,) = cell("harvests.smollm2", "harvested", axis=None, path=str(want), tokens=options.tokens, **given)
     rows, memory = [["ranks", "tokens/s", "largest relative error", "side columns"]], []
     rows.append(["one process", f"{one['rows'] / one['wall']:,.0f}", "", ""])
     for axis, ranks in WORLDS.items():
+        given |= {"axis": axis, "ranks": ranks}
         short, long = (
-            cell("smollm2", "harvested", ranks=ranks, axis=axis, path=str(folder / f"{axis}-{n}"), tokens=n, **given)
+            cell("harvests.smollm2", "harvested", path=str(folder / f"{axis}-{n}"), tokens=n, **given)
             for n in (min(SHORT, options.tokens // 2), options.tokens)
         )
-        forwards = cell("smollm2", "alone", ranks=ranks, axis=axis, **given)
+        forwards = cell("harvests.smollm2", "alone", **given)
         found = str(folder / f"{axis}-{options.tokens}")
-        (same,) = cell("smollm2", "compared", want=str(want), found=found)
+        (same,) = cell("harvests.smollm2", "compared", want=str(want), found=found)
         site, most = max(same["errors"].items(), key=lambda pair: pair[1])
         assert same["ordered"] and most < 1e-4, (site, most)
         rate = f"{long[0]['rows'] / long[0]['wall']:,.0f}"

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from harvests.cells import cell, table
+from cells import cell, table
 from harvests.given import batches, load
 from harvests.smollm2 import WORLDS
+from payload import Payload
 
 SAMPLES, LENGTH, STEPS = 2, 25, [4, 8, 16]
-
-
-class Payload(TorchDispatchMode):
-    """Operations of torch.distributed on this rank, and the bytes that it puts into them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2].rstrip("_")
-        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
-            names = [a.name for a in func._schema.arguments]
-            given = [value for at, value in zip(names, args, strict=False) if not at.startswith("out")]
-            self.calls[name] += 1
-            self.bytes[name] += sum(t.nbytes for value in given for t in _tensors(value))
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, list | tuple):
-        return [t for one in value for t in _tensors(one)]
-    return [value] if isinstance(value, Tensor) else []
 
 
 def traffic(*, model: str, axis: str, path: str, steps: list[int]) -> Any:
@@ -81,7 +55,7 @@ def report(options: Any) -> list[str]:
 
 def _messages(axis: str, ranks: int, options: Any) -> list[list[Any]]:
     path = f"{options.folder}/{axis}-traffic"
-    told = cell("traffic", "traffic", ranks=ranks, axis=axis, path=path, steps=STEPS, model=options.model)[0]
+    told = cell("harvests.traffic", "traffic", ranks=ranks, axis=axis, path=path, steps=STEPS, model=options.model)[0]
     rows = []
     for number, (alone, harvest) in zip(STEPS, told, strict=True):
         calls = {n: harvest["calls"][n] - alone["calls"].get(n, 0) for n in harvest["calls"]}

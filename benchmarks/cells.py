@@ -1,6 +1,6 @@
-"""Cells of the harvest's benchmark: functions that run in fresh processes, one or a world of ranks, and what they took.
+"""Cells of a benchmark: functions that run in fresh processes, one or a world of ranks, and what they took.
 
-python -m harvests.cells MODULE FUNCTION < keywords.json
+python -m cells MODULE FUNCTION < keywords.json
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-BENCHMARKS = Path(__file__).parents[1]
+BENCHMARKS = Path(__file__).parent
 TESTS = BENCHMARKS.parent / "tests"
 
 
@@ -44,7 +44,7 @@ def _place(rank: int, ranks: int, folder: str) -> dict[str, str]:
 
 
 def _start(python: str, module: str, function: str, env: dict[str, str]) -> subprocess.Popen[str]:
-    command = [python, "-m", "harvests.cells", module, function]
+    command = [python, "-m", "cells", module, function]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, cwd=BENCHMARKS, env=env, text=True, **pipes)
 
@@ -67,7 +67,7 @@ def main(module: str, function: str) -> None:
         dist.init_process_group(
             "gloo", store=dist.FileStore(os.environ["MEETING"], ranks), rank=int(os.environ["RANK"]), world_size=ranks
         )
-    found = getattr(importlib.import_module(f"harvests.{module}"), function)(**keywords)
+    found = getattr(importlib.import_module(module), function)(**keywords)
     print(json.dumps(found), flush=True)
     if ranks > 1:
         dist.destroy_process_group()
