@@ -115,8 +115,8 @@ def report(options: Any) -> list[str]:
         f"SmolLM2-135M in float32, {SAMPLES} x {LENGTH} tokens, transformers' tensor parallelism over gloo, one thread "
         f"a rank, three ranks on this machine's cores; medians of {options.rounds} rounds on the first rank, in "
         f"{options.processes} worlds. `residuals`: all 30, which every rank has; `neurons`: of all 30 MLPs, each rank "
-        f"a third, whole on the first; `bytes`: the neurons' shards alone, by send and irecv; `steered`: a vector added "
-        f"to the neurons of one layer.",
+        f"a third, whole on the first; `bytes`: the neurons' shards alone, by send and irecv; `steered`: a vector "
+        f"added to the neurons of one layer.",
         "",
         *table(rows),
         f"What the neurons take beyond the forward is {spread(alone, '.2f')} of what their bytes take alone. The edit "
