@@ -76,14 +76,32 @@ def _engine(engine: str) -> list[Any]:
     return [*compared(plain, lambda m: m(tokens), outline), here, [a.kind for a in outline.axes]]
 
 
-@pytest.mark.parametrize("engine", [*engines.TWO_RANKS, *engines.FOUR_RANKS])
+@pytest.mark.parametrize("engine", [*engines.TWO_RANKS, *engines.FAIRSCALE_TWO_RANKS, *engines.FOUR_RANKS])
 def test_shapes_of_every_value(engine: str) -> None:
     for right, wrong, missing, refused, whole, plain, here, kinds in run_world(
-        2 if engine in engines.TWO_RANKS else 4, _engine, engine
+        4 if engine in engines.FOUR_RANKS else 2, _engine, engine
     ):
         print(f"{engine}: {right} shapes as in the plain model")
         assert not wrong and not missing and not refused and not here
         assert whole == plain and kinds
+
+
+def _megatron(which: str) -> list[Any]:
+    import test_megatron as megatron
+
+    spread, (changes, model) = megatron.Spread(tp=2), megatron.MODELS[which]
+    sharded, plain = megatron.pair(spread, changes, model)
+    ids = megatron.tokens()
+    given = ids, megatron.positions(ids), None
+    return compared(plain, megatron.alone(spread, lambda m: m(*given)), FlexModel(sharded).show(given).outline)
+
+
+@pytest.mark.parametrize("which", ["tp", "sp gated bias tied"])
+def test_shapes_of_megatron(which: str) -> None:
+    pytest.importorskip("megatron.core")
+    for right, wrong, missing, refused, whole, plain in run_world(2, _megatron, which):
+        print(f"Megatron-core {which}: {right} shapes as in the plain model")
+        assert not wrong and not missing and not refused and whole == plain
 
 
 def _family(engine: str, family: str, path: Path) -> list[Any]:

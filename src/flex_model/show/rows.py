@@ -126,7 +126,7 @@ def _parameter_rows(runtime: Runtime) -> Iterator[tuple[str, ParameterRow]]:
         assert whole is not None
         mine = None if here is None else tuple(here.shape)
         yield (
-            of[id(owner)],
+            of.get(id(owner), name.rpartition(".")[0]),  # a part of a model that a rank has several parts of
             ParameterRow(
                 attribute,
                 whole,
