@@ -34,7 +34,7 @@ def show(
     batch: Annotated[int, typer.Option(min=1, help="Samples of each process, in the shapes")] = 2,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a sample")] = 16,
     depth: Annotated[int | None, typer.Option(min=0, help="Levels below the model; default: all")] = None,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write it: .html, .svg or .txt")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="A file: .html, .txt, .svg, .png, .pdf")] = None,
     cache: Cache = Path(".models"),
 ) -> None:
     """Print a model as a tree: modules, parameters, shapes of what they put out, and how these lie over processes.
