@@ -15,6 +15,8 @@ from flex_model import FlexModel
 from flex_model.cli.models import SAFE, ModelError, find_model, require
 from flex_model.cli.spread import Fsdp, Pp, Spread, Tp
 from flex_model.cli.start import Cache, told
+from flex_model.core.naming.names import Names
+from flex_model.engines import Engines
 from flex_model.show import Outline, Picture
 from flex_model.show.nowhere import nowhere
 from flex_model.show.observe import Seen, Values, observe
@@ -118,7 +120,8 @@ def _staged(config: Config, spread: Spread, inputs: dict[str, Tensor]) -> Outlin
     held: list[frozenset[str]] = []
     for rank in range(spread.pp):
         with nowhere(spread.pp, rank=rank):
-            held.append(frozenset(FlexModel(_made(config, spread, spread))._runtime.names.modules))
+            model = _made(config, spread, spread)
+            held.append(frozenset(Names(model, absent=Engines([model]).absent).modules))
     return replace(
         over_stages(whole, held),
         axes=(AxisRow("pp", spread.pp, "stage"),),

@@ -30,7 +30,10 @@ class _OnMeta(IntegersAreReal):
 
 @contextmanager
 def nowhere(ranks: int, *, rank: int = 0) -> Iterator[torch.utils._python_dispatch.TorchDispatchMode]:
-    """A world of ``ranks`` of which this process is one; models on the meta device run in the mode that is yielded."""
+    """A world of ``ranks`` of which this process is one; models on the meta device run in the mode that is yielded.
+
+    For a process that ends after it: torch keeps the meshes of a world that is gone, and finds their groups later.
+    """
     if dist.is_initialized():
         raise FlexModelError(
             "this process has ranks beside it already; draw the model in a process of its own.", page="bad-argument"
