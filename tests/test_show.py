@@ -104,6 +104,29 @@ def test_shapes_of_megatron(which: str) -> None:
         assert not wrong and not missing and not refused and whole == plain
 
 
+def _routers(case: str) -> list[Any]:
+    import test_megatron_experts as experts
+
+    sizes, changes = experts.CASES[case]
+    spread = experts.Spread(**sizes)
+    sharded, plain = experts.pair(spread, changes)
+    full = experts.tokens()
+    mine = spread.mine(full)
+    outline = FlexModel(sharded).show((mine, experts.positions(mine), None)).outline
+    run = experts.alone(spread, lambda m: m(full, experts.positions(full), None))
+    found = compared(plain, run, outline)
+    return [
+        {k: v for k, v in found[1].items() if "experts" not in k},
+        sum("router" in str(k) for k in shown(outline)[0]),
+    ]
+
+
+def test_rows_of_routers_are_flat(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    for wrong, routers in run_world(2, _routers, "dp=2"):
+        assert not wrong and routers
+
+
 def _family(engine: str, family: str, path: Path) -> list[Any]:
     plain = models.make(family)
     placed = place(engine, plain, path)

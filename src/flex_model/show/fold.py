@@ -54,7 +54,6 @@ def marks(root: Node) -> dict[int, int]:
 
 def _looks(node: Node, of: dict[int, int]) -> object:
     row = node.row
-    hooks = tuple((h.row.hook_type, h.row.groups, h.row.enabled, h.row.fired, h.row.edits, h.plan) for h in node.hooks)
     return (
         row.kind,
         row.fires,
@@ -62,7 +61,7 @@ def _looks(node: Node, of: dict[int, int]) -> object:
         row.stages,
         tuple(replace(p, same_as="") for p in row.parameters),
         tuple(replace(v, evidence="", refusal="refused" if v.refusal else "") for v in row.values if _counts(v)),
-        tuple((*h[:-1], h[-1].collective, h[-1].elements) for h in hooks),
+        tuple((replace(h.row, name="", missed=""), h.plan.collective, h.plan.elements) for h in node.hooks),
         bool(node.unfired),
         tuple((child.label, of[id(child)]) for child in node.children),
     )

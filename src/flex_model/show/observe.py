@@ -33,7 +33,6 @@ __all__ = ["Seen", "Values", "observe"]
 Place = tuple[str, str]  # name of a module, side
 Values = dict[Place, list[ValueRow]]
 _SIDES: tuple[tuple[HookType, str], ...] = (("forward_pre", "in"), ("forward", "out"))
-_DIMS = 8
 
 
 class _Notes:
@@ -112,8 +111,9 @@ def observe(
         with watch_flow(runtime.names.modules) as flows:
             run(*args, **kwargs)
     whole = _whole_shapes(runtime, bounds, notes)
+    flat = {_place(b.key)[0] for b in bounds if b.apart and isinstance(b.key, Site)}
     values = {
-        place: [replace(row, shape=whole.get((place, i), row.shape)) for i, row in rows.items()]
+        place: [_shaped(row, whole.get((place, i), row.shape), place in flat) for i, row in rows.items()]
         for place, rows in notes.seen.items()
     }
     unfired = {b.name: block.explain(b.key, False) for b in bounds if not b.fired and b.module is not None}
@@ -151,15 +151,16 @@ def _whole_shapes(runtime: Runtime, bounds: Sequence[Bound], notes: _Notes) -> d
     if mesh.axes and dist.get_backend() == "fake":
         return {spot: layout.shape for spot, layout in notes.layouts.items()}
     places = [_place(b.key)[0] for b in bounds if isinstance(b.key, Site)]
-    counts = torch.tensor([max(notes.seen.get(p, {-1: None}), default=-1) + 1 for p in places], dtype=torch.long)
-    if mesh.axes and len(counts):
-        counts = extremes(counts, mesh.control)[1]
-    spots = [(p, i) for p, count in zip(places, counts.tolist(), strict=True) for i in range(count)]
-    sizes = torch.zeros(len(spots), _DIMS, dtype=torch.long)
+    most = torch.tensor([max(notes.seen.get(p, {-1: None})) + 1 for p in places] + [_dims(notes)], dtype=torch.long)
+    if mesh.axes:
+        most = extremes(most, mesh.control)[1]
+    *counts, dims = most.tolist()
+    spots = [(p, i) for p, count in zip(places, counts, strict=True) for i in range(count)]
+    sizes = torch.zeros(len(spots), dims, dtype=torch.long)
     for row, (place, index) in enumerate(spots):
         seen = notes.seen.get(place, {}).get(index)
         if seen is not None and (place, index) in notes.layouts:
-            sizes[row, : len(seen.local)] = torch.tensor(seen.local[:_DIMS], dtype=torch.long)
+            sizes[row, : len(seen.local)] = torch.tensor(seen.local, dtype=torch.long)
     for axis in range(len(mesh.axes)):
         total = sizes.clone()
         dist.all_reduce(total, group=mesh.group(axis))
@@ -173,6 +174,18 @@ def _whole_shapes(runtime: Runtime, bounds: Sequence[Bound], notes: _Notes) -> d
         for row, spot in enumerate(spots)
         if spot in notes.layouts
     }
+
+
+def _shaped(row: ValueRow, whole: tuple[int, ...] | None, flat: bool) -> ValueRow:
+    """``flat``: its first two dims are one where the model has it, and are taken apart only to find its layout."""
+    if not flat or whole is None:
+        return replace(row, shape=whole)
+    shapes = [(a * b, *rest) for a, b, *rest in (whole, row.local)]
+    return replace(row, shape=shapes[0], local=shapes[1])
+
+
+def _dims(notes: _Notes) -> int:
+    return max((len(row.local) for rows in notes.seen.values() for row in rows.values()), default=0)
 
 
 def _of_all_stages(runtime: Runtime, mine: Seen) -> Seen:

@@ -85,10 +85,6 @@ class Outline:
                 flows[name] = self.flows[name].merged(folded.labels(name))
         return diagrams(flows)
 
-    @property
-    def stages(self) -> bool:
-        return any(axis.kind == "stage" for axis in self.axes)
-
 
 def outline(runtime: Runtime, seen: Seen | None, *, together: bool = False) -> Outline:
     """The model as it is known: ``together``, with the parameters of a pipeline's other stages, which is collective."""

@@ -95,14 +95,14 @@ class Run:
     def _lines(self) -> dict[str, list[list[float]]]:
         """{site: [[forward, root mean square], ...]} of the forwards that all ranks have written."""
         ranks = list(self._ranks.values())
-        common = set.intersection(*(set(r.squares) for r in ranks)) if ranks else set()
-        calls = sorted(common)
+        done = min((r.calls for r in ranks), default=0)
+        calls = sorted({call for r in ranks for call in r.squares if call < done})  # not every rank need have any
         while len(calls) > _KEPT:
             calls = calls[::2]
         lines: dict[str, list[list[float]]] = {}
         for call in calls:
             sums: dict[str, list[float]] = {}
-            for name, (squares, count) in (pair for r in ranks for pair in r.squares[call].items()):
+            for name, (squares, count) in (pair for r in ranks for pair in r.squares.get(call, {}).items()):
                 total = sums.setdefault(name, [0.0, 0.0])
                 total[0] += squares
                 total[1] += count
