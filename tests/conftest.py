@@ -100,3 +100,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Commands that run in this process take all cores; the worlds of later tests share them."""
+    yield
+    torch.set_num_threads(1)

@@ -25,9 +25,10 @@ BATCH, LENGTH = 2, 6
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """In a process of its own: torch keeps meshes of worlds that are gone, and finds their groups in later ones."""
-    with mp.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, args)
+    """In a process of its own: torch keeps meshes of worlds that are gone, and finds their groups in later ones. On one
+    thread: a pool of threads that a command has started in this process is dead in its child."""
+    with mp.get_context("fork").Pool(1, torch.set_num_threads, (1,)) as pool:
+        return pool.apply_async(function, args).get(timeout=120)
 
 
 def rows(outline: Outline, local: bool = True) -> dict[str, Any]:
