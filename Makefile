@@ -26,8 +26,8 @@ environments: install  ## Make the environments of other packages that tests run
 demo: install  ## Find and remove the induction heads of a real model, split over three processes
 	$(BIN)/flex-model induction --model smollm2 --tp 3 --out demo
 
-test: install  ## Run the tests
-	$(BIN)/python -m pytest
+test: install  ## Run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: install  ## Measure what hooks cost, beside torch and peers: a page in benchmarks/results
 	$(BIN)/python benchmarks/bench.py
