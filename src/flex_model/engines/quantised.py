@@ -7,6 +7,7 @@ lie on the parameter or, from the first forward on, on the layer.
 from __future__ import annotations
 
 import sys
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ def _of_bitsandbytes(layer: nn.Module, packed: Tensor) -> Tensor:
     if isinstance(layer, bnb.nn.Linear4bit):
         state = getattr(parameter, "quant_state", None) or layer.quant_state
         if state is not None:
+            if getattr(state, "packing_format_for_cpu", False):  # in evaluation, for CPUs that multiply in bfloat16
+                packed, state = bnb.functional._convert_weight_packed_for_cpu_inverse(packed, copy(state))
             whole: Tensor = bnb.functional.dequantize_4bit(packed, state)
             return whole
     elif isinstance(layer, bnb.nn.Linear8bitLt):
