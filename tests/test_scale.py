@@ -33,7 +33,8 @@ from flex_model import FlexModel
 from flex_model.errors import LayoutError
 from flex_model.layout.mesh import Axis, ModelMesh
 from flex_model.layout.meta_results import makes_new
-from flex_model.routing.delivery import Buffers, Item, deliver, exchange_shapes
+from flex_model.routing.delivery import Item, deliver, exchange_shapes
+from flex_model.routing.memory import Memory
 
 LAYERS, LOCAL, LENGTH, BATCH = 20, 12, 3, 2
 SIZES = (2, 3, 4)  # of each of the five axes: 32, 243 and 1,024 ranks
@@ -119,7 +120,7 @@ def _delivered(mesh: ModelMesh, way: str) -> tuple[Moved, list[tuple[int, ...]]]
     layout = Layout((Replicate(), Shard(1)), "", ragged=(False, False))
     items = [Item(str(i), torch.randn(5, 8), layout, way, got.append) for i in range(10)]  # type: ignore[arg-type]
     with CountCollectives() as counter:
-        deliver(items, mesh, Buffers(), lambda value: value, lambda: None)
+        deliver(items, mesh, Memory(), lambda value: value, lambda: None)
     assert [tuple(t.shape) for t in got] == ([] if way == "main" else [(5, 32)] * 10)
     return counter.moved, [tuple(i.shapes[mesh.size - 1]) for i in items if i.shapes is not None]
 

@@ -69,6 +69,7 @@ class Staged:
     occurrence: int = 0  # which firing of its module within a microbatch
     idle: bool = False  # of a forward that runs for other ranks only
     batch: BatchDim | None = None  # where a step's microbatches are put together
+    room: Tensor | None = None  # the full tensor, of which ``local`` is this rank's place
     rows: tuple[Gathered, ...] = ()  # of which tokens and experts, where rows are tokens at experts
 
 

@@ -192,8 +192,11 @@ def _stage(
             return
         if taken is not None:
             (local, layout, finish), selected = taken, True
-    staged = Staged(bound, key, runtime.copies.take(local, runtime.keep_on(layout)), form, layout, selected=selected)
-    staged.finish = finish
+    wanted_here = layout is not None and rows is None and call.place is None and runtime.is_delivered_here(bound)
+    placed = runtime.copies.take_to_place(local, layout, runtime.mesh) if wanted_here and layout is not None else None
+    copy, room = placed or (runtime.copies.take(local, runtime.keep_on(layout)), None)
+    staged = Staged(bound, key, copy, form, layout, selected=selected)
+    staged.finish, staged.room = finish, room
     staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch
     staged.rows = () if rows is None else (rows,)
     runtime.stage(call, staged)

@@ -23,7 +23,7 @@ from flex_model.core.ragged import Identity, give, refusal, unnamed
 from flex_model.errors import FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout
-from flex_model.routing.delivery import Buffers, Item, deliver
+from flex_model.routing.delivery import Item, deliver
 from flex_model.routing.hop import Hop, Parcel
 from flex_model.routing.route import gradient_scale
 from flex_model.routing.selection import Taken
@@ -47,7 +47,6 @@ class Outbox:
         self.refused: list[Refused] = []
         self.forwards = 0  # since the last point
         self.status = Status(runtime, self.drop)
-        self._buffers = Buffers()
         self._hops: Hop | None = None
 
     def point(self, *, edited: bool = False) -> None:
@@ -184,9 +183,9 @@ class Outbox:
         if layout is None:
             assert found is not None
             layout = found
-        local, finish = staged.local, staged.finish
+        local, finish, room = staged.local, staged.finish, staged.room
         if staged.idle:
-            local = local.new_empty(without_rows(local.shape, layout, self.runtime.mesh))
+            local, room = local.new_empty(without_rows(local.shape, layout, self.runtime.mesh)), None
         if bound.selection is not None and not staged.selected:
             if (error := refusal(self.runtime, bound, local, layout)) is not None:
                 refused.append((bound, staged.key, error))
@@ -197,7 +196,7 @@ class Outbox:
                 self.status.note("select", bound.where, problem)
                 return None
             if taken is not None:
-                local, layout, finish = taken
+                (local, layout, finish), room = taken, None
             else:
                 finish = bound.selection.take
         if finish is not None and bound.deliver == "local":
@@ -222,7 +221,7 @@ class Outbox:
                 give(sink, key, full)
 
         label = (bound, key, staged.gradient)
-        item = Item(bound.where, local, layout, bound.deliver, put, scale, finish, check, label)
+        item = Item(bound.where, local, layout, bound.deliver, put, room, scale, finish, check, label)
         if staged.rows or layout.parted:
             item.beside = Identity(staged, layout, self.runtime.mesh)
         return item
@@ -262,7 +261,7 @@ class Outbox:
         copies = self.runtime.copies
         copies.wait()  # what is finished here is read
         with torch.inference_mode(False):
-            failed = deliver(items, self.runtime.mesh, self._buffers, keep or self._keep, copies.wait)
+            failed = deliver(items, self.runtime.mesh, self.runtime.memory, keep or self._keep, copies.wait)
         refused: list[Refused] = []
         for item, error in failed:
             if isinstance(error, LayoutError):  # on every rank

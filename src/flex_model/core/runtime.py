@@ -47,6 +47,7 @@ from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.collectives import all_gather_objects
 from flex_model.routing.copies import Copies
+from flex_model.routing.memory import Memory
 from flex_model.routing.roll_call import roll_call
 from flex_model.routing.watch import NoWatch, Watch
 
@@ -90,7 +91,8 @@ class Runtime:
         self.sum_watches: list[SumWatch] = []  # for those that have not been seen
         self.calls = 0
         self.remembered: WeakValueDictionary[int, ActiveCall] = WeakValueDictionary()  # their graphs hold them
-        self.copies = Copies()
+        self.memory = Memory()
+        self.copies = Copies(self.memory)
         self.outbox = Outbox(self)
         self.backward = Backward(self)
         self.steps = Steps(self)
@@ -363,3 +365,8 @@ class Runtime:
         """Where a staged value waits: on the user's device at once if nothing has to move between ranks."""
         moves = layout is None or bool(layout.moving_axes) or self.whole is not self.mesh
         return None if moves and self.whole.axes else self.device
+
+    def is_delivered_here(self, bound: Bound) -> bool:
+        """Whether a sharded value will be whole on this rank and no other, in memory of the host."""
+        on_host = self.device is None or self.device.type == "cpu"
+        return bound.deliver == "main" and on_host and self.mesh.is_main and self.whole is self.mesh

@@ -16,10 +16,22 @@ from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.layout.layout import Layout, ZigZag, fits, merge_parts, my_part, shard_dim, split_factor
+from flex_model.layout.layout import Layout, ZigZag, fits, merge_parts, my_part, replicates, shard_dim, split_factor
 from flex_model.layout.mesh import ModelMesh
 
-__all__ = ["NoRectangle", "Parts", "Shapes", "assemble", "merge", "owners", "owns", "part_of", "size_below"]
+__all__ = [
+    "NoRectangle",
+    "Parts",
+    "Shapes",
+    "assemble",
+    "has_places",
+    "merge",
+    "owners",
+    "owns",
+    "part_of",
+    "place_of",
+    "size_below",
+]
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,24 @@ def assemble(parts: Mapping[int, Tensor], layout: Layout, mesh: ModelMesh) -> Te
 
 class NoRectangle(Exception):
     """The ranks' parts have no rectangular whole."""
+
+
+def has_places(layout: Layout) -> bool:
+    """Whether each part is one rectangle of the full tensor, where all ranks' parts have one shape."""
+    return not layout.parted and all(
+        replicates(p) or (shard_dim(p) is not None and split_factor(p) == 1 and not isinstance(p, ZigZag))
+        for p in layout.placements
+    )
+
+
+def place_of(full: Tensor, layout: Layout, mesh: ModelMesh, rank: int) -> Tensor:
+    """The view of ``full`` in which the part of group rank ``rank`` lies, where the layout ``has_places``."""
+    for axis, at in enumerate(mesh.coordinate_of(rank)):
+        dim = shard_dim(layout.placements[axis])
+        if dim is not None:
+            size = full.shape[dim] // mesh.axes[axis].size
+            full = full.narrow(dim, at * size, size)
+    return full
 
 
 def size_below(

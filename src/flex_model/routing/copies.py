@@ -2,7 +2,7 @@
 
 A value on a GPU that is wanted on the host is cloned where it is, at the speed of that memory, and the clone goes to
 pinned memory on a stream of its own, while the model runs on; a small one goes at once, which is sooner done. Nothing
-waits for it before somebody is given the value.
+waits for it before somebody is given the value. A shard whose full tensor will be here is copied to its place in it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from flex_model.layout.layout import Layout, shard_dim
+from flex_model.layout.mesh import ModelMesh
+from flex_model.routing.assembly import has_places, place_of
+from flex_model.routing.memory import LARGE, Memory
 
 __all__ = ["Copies"]
 
@@ -21,7 +26,8 @@ _ROOM = 2 * 2**30  # bytes of clones on a GPU that may be on their way at a time
 class Copies:
     """The copies that one model's hooks make, and their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._leaving: dict[torch.device, int] = {}  # bytes of clones since the model last waited for them
         self._used: set[torch.cuda.Stream] = set()  # since ``wait``
@@ -38,7 +44,7 @@ class Copies:
 
     def _take(self, tensor: Tensor, device: torch.device | None, *, owned: bool) -> Tensor:
         if device is None or tensor.device == device or tensor.device.type == device.type != "cuda":
-            return tensor if owned else tensor.clone()
+            return tensor if owned else self._clone(tensor)
         if not tensor.is_cuda or device.type != "cpu" or tensor.numel() == 0:
             return tensor.to(device, copy=True)
         out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -59,6 +65,27 @@ class Copies:
             size = 0
         self._leaving[tensor.device] = size
         return out
+
+    def _clone(self, tensor: Tensor) -> Tensor:
+        if type(tensor) is not Tensor or tensor.nbytes < LARGE or tensor.is_cuda:
+            return tensor.clone()
+        return self._memory.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+    def take_to_place(self, tensor: Tensor, layout: Layout, mesh: ModelMesh) -> tuple[Tensor, Tensor] | None:
+        """A copy of this rank's shard, and the full tensor that it is a view of; None where the full tensor's size is
+        not known yet, or it would lie on an accelerator before anybody needs it there."""
+        if not layout.moving_axes or any(layout.ragged) or not has_places(layout):
+            return None
+        if type(tensor) is not Tensor or tensor.device.type != "cpu":
+            return None
+        shape = list(tensor.shape)
+        for axis, placement in enumerate(layout.placements):
+            if (dim := shard_dim(placement)) is not None:
+                shape[dim] *= mesh.axes[axis].size
+        full = self._memory.empty(shape, tensor.dtype)
+        place = place_of(full, layout, mesh, mesh.me)
+        place.copy_(tensor.detach())
+        return place, full
 
     def _beside(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:

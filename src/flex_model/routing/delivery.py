@@ -20,11 +20,22 @@ from torch.distributed.tensor import DTensor, Partial
 from flex_model.errors import LayoutError, ShapeError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.routing.assembly import Parts, Shapes, assemble, merge, owners, owns, size_below
+from flex_model.routing.assembly import (
+    Parts,
+    Shapes,
+    assemble,
+    has_places,
+    merge,
+    owners,
+    owns,
+    place_of,
+    size_below,
+)
 from flex_model.routing.collectives import all_gather_flat, all_gather_ints, extremes, from_bytes, to_bytes
+from flex_model.routing.memory import Memory
 from flex_model.routing.straight import dtensor_holds, straight_layout, straighten
 
-__all__ = ["Buffers", "Deliver", "Item", "deliver", "exchange_shapes"]
+__all__ = ["Deliver", "Item", "deliver", "exchange_shapes"]
 
 Deliver = Literal["main", "all", "local", "shards"]  # shards: to a sink of shards, which takes them as they are
 _BUCKET = 16 * 2**20  # bytes; values up to this size travel together
@@ -48,6 +59,7 @@ class Item:
     layout: Layout
     mode: Deliver
     put: Callable[[Any], None]
+    room: Tensor | None = None  # the full tensor, of which ``local`` is this rank's place
     scale: float = 1.0  # the full value is divided by this: gradients that an engine means over data axes
     finish: Callable[[Tensor], Tensor] | None = None  # what is left of a selection once the value is whole
     check: Callable[[tuple[int, ...]], str] | None = None  # what is wrong with the full shape
@@ -73,23 +85,8 @@ def _each(full: Tensor | Parts, fn: Callable[[Tensor], Tensor]) -> Tensor | Part
     return replace(full, tensors=tuple(map(fn, full.tensors))) if isinstance(full, Parts) else fn(full)
 
 
-class Buffers:
-    """Receive buffers that are used again; what is built from them is copied out before the next message."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, torch.device], Tensor] = {}
-
-    def take(self, key: int, size: int, device: torch.device) -> Tensor:
-        kept = self._kept.get((key, device))
-        if kept is None or kept.numel() < size:
-            kept = torch.empty(size, dtype=torch.uint8, device=device)
-            if size <= _BUCKET:
-                self._kept[key, device] = kept
-        return kept[:size]
-
-
 def deliver(
-    items: Sequence[Item], mesh: ModelMesh, buffers: Buffers, keep: Callable[[Tensor], Tensor], kept: Callable[[], None]
+    items: Sequence[Item], mesh: ModelMesh, memory: Memory, keep: Callable[[Tensor], Tensor], kept: Callable[[], None]
 ) -> list[tuple[Item, Exception]]:
     """Bring every item where it is wanted. Collective: all ranks of the mesh pass the same items in the same order.
 
@@ -123,10 +120,10 @@ def deliver(
         elif not item.layout.moving_axes and (item.mode == "all" or mesh.is_main):
             item.complete(item.local)
     for bucket in _buckets([i for i in moving if i.mode == "main"]):
-        _to_main(bucket, mesh, buffers)
+        _to_main(bucket, mesh, memory)
     for axes in dict.fromkeys(_lines(i, mesh) for i in moving if i.mode == "all"):
         for bucket in _buckets([i for i in moving if i.mode == "all" and _lines(i, mesh) == axes]):
-            _to_all(bucket, mesh, buffers) if axes is None else _along_lines(bucket, axes, mesh, buffers)
+            _to_all(bucket, mesh, memory) if axes is None else _along_lines(bucket, axes, mesh, memory)
     for item in items:
         if item.mode in ("main", "all") and item.full is not None and item.failure is None:
             item.full = _each(item.full, keep)
@@ -187,53 +184,92 @@ def _sizes(bucket: Sequence[Item], mesh: ModelMesh) -> dict[int, int]:
     return sizes
 
 
-def _complete(bucket: Sequence[Item], received: dict[int, Tensor], mesh: ModelMesh) -> None:
-    """Ranks' bytes into full tensors."""
-    offsets = dict.fromkeys(received, 0)
+def _rooms(bucket: Sequence[Item], mesh: ModelMesh, memory: Memory) -> list[Tensor | None]:
+    """Of each item the full tensor, for its parts to be put in their places; None where parts have no places."""
+    rooms: list[Tensor | None] = []
     for item in bucket:
+        room = item.room
+        if room is None and item.shapes is not None and item.shapes.even and has_places(item.layout):
+            room = memory.empty(_full_shape(item, mesh), item.local.dtype, item.local.device)
+        rooms.append(room)
+    return rooms
+
+
+def _complete(
+    bucket: Sequence[Item], rooms: Sequence[Tensor | None], received: dict[int, Tensor], mesh: ModelMesh
+) -> None:
+    """Other ranks' bytes and this rank's own tensors into full tensors."""
+    offsets = dict.fromkeys(received, 0)
+    for item, room in zip(bucket, rooms, strict=True):
         parts = {}
         for rank in owners(mesh, item.layout):
             assert item.shapes is not None
+            if rank == mesh.me:
+                parts[rank] = item.local
+                continue
             width = _bytes_of(item, rank)
             chunk = received[rank][offsets[rank] : offsets[rank] + width]
             parts[rank] = from_bytes(chunk, item.shapes[rank], item.local.dtype)
             offsets[rank] += width
+        if room is not None:
+            for rank, part in parts.items():
+                _put(part, place_of(room, item.layout, mesh, rank))
+            item.complete(room)
+            continue
         whole = assemble(parts, item.layout, mesh)
-        if isinstance(whole, Parts):  # as they lie in the buffers, which the next message will use
+        if isinstance(whole, Parts):  # as they lie in what was received, one behind the other
             whole = replace(whole, tensors=tuple(t.clone() for t in whole.tensors))
         item.complete(whole)
 
 
-def _to_main(bucket: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
-    payload = _payload(bucket, mesh)
+def _put(part: Tensor, place: Tensor) -> None:
+    if part.data_ptr() != place.data_ptr():  # it is there already
+        place.copy_(part)
+
+
+def _straight(rooms: Sequence[Tensor | None], layout: Layout, mesh: ModelMesh, rank: int) -> Tensor | None:
+    """Where in a bucket's only full tensor the bytes of a rank lie one behind the other, so that they can go there."""
+    if len(rooms) > 1 or rooms[0] is None:
+        return None
+    place = place_of(rooms[0], layout, mesh, rank)
+    return to_bytes(place) if place.is_contiguous() else None
+
+
+def _to_main(bucket: Sequence[Item], mesh: ModelMesh, memory: Memory) -> None:
+    device = bucket[0].local.device
     if not mesh.is_main:
+        payload = _payload(bucket, mesh)
         if payload is not None and payload.numel():
             dist.send(payload, group=mesh.world, group_dst=mesh.group_rank(mesh.home))
         return
-    assert payload is not None
-    received, works = {mesh.me: payload}, []
+    rooms = _rooms(bucket, mesh, memory)
+    received, works = {}, []
     for rank, size in _sizes(bucket, mesh).items():
         if rank != mesh.me:
-            received[rank] = buffers.take(rank, size, payload.device)
+            there = _straight(rooms, bucket[0].layout, mesh, rank)
+            received[rank] = memory.empty((size,), torch.uint8, device) if there is None else there
             if size:
                 works.append(dist.irecv(received[rank], group=mesh.world, group_src=rank))
     for work in works:
         if work is not None:
             work.wait()
-    _complete(bucket, received, mesh)
+    _complete(bucket, rooms, received, mesh)
 
 
-def _to_all(bucket: Sequence[Item], mesh: ModelMesh, buffers: Buffers) -> None:
+def _to_all(bucket: Sequence[Item], mesh: ModelMesh, memory: Memory) -> None:
     """In one message between all ranks."""
-    sizes, payload, device = _sizes(bucket, mesh), _payload(bucket, mesh), bucket[0].local.device
+    sizes, mine, device = _sizes(bucket, mesh), _payload(bucket, mesh), bucket[0].local.device
     width = max(sizes.values())
-    mine = torch.zeros(width, dtype=torch.uint8, device=device)
-    if payload is not None:
-        mine[: payload.numel()] = payload
-    out = buffers.take(-1, width * mesh.size, device)
+    if mine is None or mine.numel() < width:
+        padded = memory.empty((width,), torch.uint8, device)
+        if mine is not None:
+            padded[: mine.numel()] = mine
+        mine = padded
+    out = memory.empty((width * mesh.size,), torch.uint8, device)
     if width:
         all_gather_flat(out, mine, group=mesh.world)
-    _complete(bucket, {rank: out[rank * width : rank * width + size] for rank, size in sizes.items()}, mesh)
+    received = {rank: out[rank * width : rank * width + size] for rank, size in sizes.items()}
+    _complete(bucket, _rooms(bucket, mesh, memory), received, mesh)
 
 
 def _lines(item: Item, mesh: ModelMesh) -> tuple[int, ...] | None:
@@ -246,20 +282,28 @@ def _lines(item: Item, mesh: ModelMesh) -> tuple[int, ...] | None:
     return axes if item.shapes.even and not item.layout.parted and len(axes) < len(mesh.axes) else None
 
 
-def _along_lines(bucket: Sequence[Item], axes: Sequence[int], mesh: ModelMesh, buffers: Buffers) -> None:
+def _along_lines(bucket: Sequence[Item], axes: Sequence[int], mesh: ModelMesh, memory: Memory) -> None:
     """Axis by axis, the innermost first, along this rank's own lines."""
     values = [item.local for item in bucket]
+    rooms = _rooms(bucket, mesh, memory) if len(axes) == 1 else [None] * len(bucket)
     for axis in reversed(axes):
-        mine = torch.cat([to_bytes(v) for v in values])
-        size, width = mesh.axes[axis].size, mine.numel()
-        rows = buffers.take(-1, size * width, mine.device)
+        mine = [to_bytes(v) for v in values]
+        payload = torch.cat(mine) if len(mine) > 1 else mine[0]
+        line, width = mesh.line(axis), payload.numel()
+        there = None if _straight(rooms, bucket[0].layout, mesh, line[0]) is None else rooms[0]
+        rows = memory.empty((len(line) * width,), torch.uint8, payload.device) if there is None else to_bytes(there)
         if width:
-            all_gather_flat(rows, mine, group=mesh.group(axis))
+            all_gather_flat(rows, payload, group=mesh.group(axis))
         start = 0
-        for i, (item, value) in enumerate(zip(bucket, values, strict=True)):
+        for i, (item, value, room) in enumerate(zip(bucket, values, rooms, strict=True)):
             end = start + value.numel() * value.dtype.itemsize
-            parts = [from_bytes(row[start:end], value.shape, value.dtype) for row in rows.view(size, width)]
-            values[i] = merge(parts, item.layout.placements[axis])
+            parts = [from_bytes(row[start:end], value.shape, value.dtype) for row in rows.view(len(line), width)]
+            if room is None:
+                values[i] = merge(parts, item.layout.placements[axis])
+            else:
+                for rank, part in zip(line, parts, strict=True):
+                    _put(part, place_of(room, item.layout, mesh, rank))
+                values[i] = room
             start = end
     for item, value in zip(bucket, values, strict=True):
         item.complete(value)
