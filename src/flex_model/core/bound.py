@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flex_model.core.hook_function import EditCall, HookFunction, HookType, Site
 from flex_model.layout.layout import Layout
 from flex_model.routing.delivery import Deliver
+from flex_model.routing.part import Part
 from flex_model.routing.rows import RowSource
 from flex_model.routing.selection import Selection
 
@@ -50,6 +51,8 @@ class Bound:
     takes_value_only: bool = False
     uses_context: bool = False  # the editing function gets save_ctx
     may_write: bool = False  # the editing function looks as if it wrote in place
+    alike: bool = False  # the edit is made on shards, and fails on all ranks or on none
+    on_part: Callable[[Tensor, Part], Tensor] | None = None  # the edit of a rank's own part as a plain tensor
     deliver: Deliver = "main"
     attached: bool = False
     selection: Selection | None = None
@@ -71,6 +74,11 @@ class Bound:
     @property
     def is_gradient(self) -> bool:
         return self.hook_type in ("full_backward", "full_backward_pre", "tensor")
+
+    @property
+    def concerns_others(self) -> bool:
+        """Whether ranks have anything to tell one another of it at the end of a forward."""
+        return not self.alike or self.sink is not None or self.gradient_sink is not None
 
     @property
     def side(self) -> str:

@@ -18,11 +18,12 @@ from flex_model.core.agreeing.same_answer import check_same_answer
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.guarded import Guarded
 from flex_model.core.hook_function import Call
-from flex_model.errors import EditError, ShapeError
+from flex_model.errors import EditError, ShapeError, summary
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.delivery import exchange_shapes
 from flex_model.routing.one_rank import OneRankRoute, tie, use_parameters
+from flex_model.routing.part import NeedsTheWhole, Part
 from flex_model.routing.route import (
     Route,
     gradient_scale,
@@ -32,7 +33,7 @@ from flex_model.routing.route import (
 )
 from flex_model.routing.straight import dtensor_holds, straight_layout, straighten, unstraighten
 
-__all__ = ["EditContext", "check_answer", "refuse_write", "run_edit", "seeded"]
+__all__ = ["EditContext", "check_answer", "refuse_write", "run_edit", "run_on_part", "seeded"]
 
 
 # How torch ends a recomputation once all is there that the backward needs, in whatever operation saves the last of it.
@@ -75,6 +76,30 @@ def run_edit(
     return (None if out is None else with_whole_gradient(out, mesh, layout)), whole
 
 
+def run_on_part(bound: Bound, context: EditContext, local: Tensor, layout: Layout) -> Tensor | None:
+    """The answer of an edit that needs no more than this rank's own part; None where it does."""
+    if bound.on_part is None or bound.apart or context.check or not context.mesh.axes:
+        return None
+    part = Part.of(local, layout, context.mesh)
+    if part is None:
+        return None
+    try:
+        out = bound.on_part(local, part)
+    except NeedsTheWhole:
+        return None
+    except Exception as error:
+        raise _failed(bound, error) from error
+    check_answer(bound, local, out)
+    return out
+
+
+def _failed(bound: Bound, error: Exception) -> EditError:
+    return EditError(
+        f"{bound.where}: {bound.hook.editing_function!r} failed, as on every rank, with {summary(error)}",
+        page=getattr(error, "page", ""),
+    )
+
+
 def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
     """The editing function's answer, checked. A failure is kept for the next point all ranks pass, if there is one."""
     try:
@@ -82,6 +107,8 @@ def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Ca
     except Exception as error:
         if context.on_failure is None or isinstance(error, _ENDS_RECOMPUTATION):
             raise
+        if bound.alike:
+            raise _failed(bound, error) from error
         context.on_failure(bound, call, error)
         return full
 

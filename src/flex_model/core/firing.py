@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flex_model.core.bound import Bound, check_expected
 from flex_model.core.call import ActiveCall, Staged, in_backward
-from flex_model.core.editing import run_edit
+from flex_model.core.editing import run_edit, run_on_part
 from flex_model.core.gradients import claim_layout, form_of, watch_gradient
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form
@@ -221,7 +221,9 @@ def _edit(
         return _attach(runtime, bound, value, layout, key, capturing, call, rows)
     if not recomputed:  # its forward has met the others
         _check_lockstep(runtime, bound, layout, call)
-    call.edited = True
+    if rows is None and (part := run_on_part(bound, runtime.context, plain(value), layout)) is not None:
+        return like(_kept_alive(runtime, part, plain(value)), value)
+    call.edited = call.edited or not bound.alike
     if not recomputed and layout.moving_axes and runtime.lockstep and bound.hook.run != "sharded":
         runtime.outbox.status.edits.append(bound.where)
     runtime.context.even_axes = _even_axes(runtime, layout, call, bound.axes)
@@ -241,11 +243,15 @@ def _edit(
         out, _ = run_edit(bound, runtime.context, local, layout, leaf.index, description)
     if out is None:
         return None
-    if runtime.keep_alive and torch.is_grad_enabled() and local.requires_grad:
-        out = tie(out, local)  # the reducer waits for every parameter, also where the edit cut the graph
+    out = _kept_alive(runtime, out, local)
     if rows is not None:
         out = rows.put(whole, out)
     return like(out, value)
+
+
+def _kept_alive(runtime: Runtime, out: Tensor, local: Tensor) -> Tensor:
+    """The answer, tied to the value: DDP's reducer waits for every parameter, also where the edit cut the graph."""
+    return tie(out, local) if runtime.keep_alive and torch.is_grad_enabled() and local.requires_grad else out
 
 
 def _attach(

@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.core.bound import WATCHED, Bound, check_expected
 from flex_model.core.call import ActiveCall, Staged
-from flex_model.core.editing import run_edit
+from flex_model.core.editing import run_edit, run_on_part
 from flex_model.core.hook_function import Call
 from flex_model.core.inference import Form, Spot, placements_on
 from flex_model.core.local import like, plain
@@ -218,11 +218,14 @@ def _edit_gradient(
 ) -> Tensor | None:
     whole = plain(grad)
     local = whole if rows is None else rows.take(whole)
-    runtime.backward.edited = True
+    given = local / scale if scale != 1 else local
+    if rows is None and (part := run_on_part(bound, runtime.context, given, layout)) is not None:
+        return like(part * scale if scale != 1 else part, grad)
+    runtime.backward.edited = runtime.backward.edited or not bound.alike
     runtime.context.even_axes = frozenset()
     experts = whole_experts(runtime, layout, rows) if bound.wants_call else None
     description = Call(call.index, call.microbatch, experts=experts)
-    out, _ = run_edit(bound, runtime.context, local / scale if scale != 1 else local, layout, index, description)
+    out, _ = run_edit(bound, runtime.context, given, layout, index, description)
     if out is None:
         return None
     out = out * scale if scale != 1 else out

@@ -67,6 +67,7 @@ class Installed:
         self.take_off()
         self.runtime.hooks_mark = ""
         self.enabled = tuple(b for b in self.runtime.bounds if b.enabled)
+        self.runtime.outbox.owed |= any(b.concerns_others for b in self.enabled)
         self.describes = any(b.wants_call for b in self.enabled)
         entries = self._entries(self.enabled) if self.enabled and self.runtime.active is None else []
         self._step_aside(self.enabled)

@@ -46,6 +46,7 @@ class Outbox:
         self.claims: dict[Form, Claim] = {}
         self.refused: list[Refused] = []
         self.forwards = 0  # since the last point
+        self.owed = False  # some rank may hold what others do not: hooks were on since then that concern them
         self.status = Status(runtime, self.drop)
         self._hops: Hop | None = None
 
@@ -59,7 +60,8 @@ class Outbox:
 
     def _point(self, edited: bool) -> None:
         mesh = self.runtime.mesh
-        data = any(a.kind == "data" for a in mesh.axes)
+        data = self.owed and any(a.kind == "data" for a in mesh.axes)
+        self.owed = any(b.concerns_others for b in self.runtime.installed.enabled)
         first = new = bool(self.claims)
         # On tensor axes alone all ranks run the same code on the same data, so that they ask alike without asking.
         uneven = self.runtime.installed.uneven

@@ -71,6 +71,8 @@ def bind(
         takes_value_only=edit is not None and edit.value_only,
         may_write=hook.editing_function is not None
         and (hook_type not in ("forward", "forward_pre") or may_write(hook.editing_function)),
+        alike=hook.run == "sharded" and getattr(hook.editing_function, "alike", False),
+        on_part=_on_part(hook),
         deliver=deliver,
         selection=selection,
         override=override,
@@ -79,6 +81,12 @@ def bind(
         temporary=temporary,
         since=runtime.calls,
     )
+
+
+def _on_part(hook: HookFunction) -> Any:
+    """The edit of a rank's own part, where that is all it needs."""
+    fn, simple = hook.editing_function, hook.select is None and hook.expected_shape is None and not hook.random
+    return getattr(fn, "on_part", None) if simple and hook.run == "sharded" and getattr(fn, "by_parts", False) else None
 
 
 def _check_it_can_fire(runtime: Runtime, name: str, hook_type: HookType, where: str) -> None:

@@ -20,6 +20,7 @@ from flex_model.errors import EditError
 
 if TYPE_CHECKING:
     from flex_model.core.hook_function import Call, RunMode
+    from flex_model.routing.part import Part
 
 __all__ = ["FACTORIES", "Preset", "compose", "preset"]
 
@@ -41,7 +42,8 @@ class Preset:
     (edits.scale(2.0), [2.0, 2.0])
 
     ``default_run`` is the run mode it has where none is given, and ``draws_random`` whether it draws random numbers.
-    ``takes_modules``: it edits with the trainable modules.
+    ``takes_modules``: it edits with the trainable modules. ``alike``: it is made of numbers and tensors alone, so that
+    what fails on one rank fails on all. ``by_parts``: it can be made on a rank's own part as a plain tensor.
     """
 
     def __init__(
@@ -53,11 +55,14 @@ class Preset:
         run: RunMode = "sharded",
         random: bool = False,
         takes_modules: bool = False,
+        by_parts: bool = False,
         places: Places | None = None,
     ) -> None:
         self.kind, self.arguments = kind, dict(arguments)
         self.default_run, self.draws_random, self.takes_modules = run, random, takes_modules
         self._edit, self._places = edit, places if places is not None and places.some else None
+        self.alike = not random and not takes_modules and self._places is None and _is_plain(self.arguments)
+        self.by_parts = by_parts and self.alike
         form = _of_everything if takes_modules else _of_the_value if self._places is None else _of_the_call
         self.__signature__ = inspect.signature(form)
         self.__qualname__ = f"edits.{kind}({', '.join(f'{k}={_told(v)}' for k, v in self.arguments.items())})"
@@ -72,6 +77,11 @@ class Preset:
         where = self._places.mask(x, call)
         return new if where is None else torch.where(where, new, x)
 
+    def on_part(self, x: Tensor, part: Part) -> Tensor:
+        """The edit of ``x``, which is that ``part`` of the value. Raises NeedsTheWhole where that cannot be done."""
+        new: Tensor = self._edit(x, part)
+        return new
+
     def __repr__(self) -> str:
         defaults = inspect.signature(FACTORIES[self.kind]).parameters if self.kind in FACTORIES else {}
         told = []
@@ -80,6 +90,15 @@ class Preset:
             if value is not default and not (isinstance(value, (int, float, str)) and value == default):
                 told.append(_told(value) if i == 0 else f"{name}={_told(value)}")
         return f"edits.{self.kind}({', '.join(told)})"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is the same on all ranks by its nature: nothing that is looked up, called, drawn or trained."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return all(map(_is_plain, value.values() if isinstance(value, Mapping) else value))
+    if isinstance(value, Tensor):
+        return type(value) is Tensor and not value.requires_grad
+    return value is None or isinstance(value, (bool, int, float, str, slice))
 
 
 def _told(value: Any) -> str:
@@ -97,9 +116,9 @@ def _told(value: Any) -> str:
 
 
 def preset(
-    *, run: RunMode = "sharded", random: bool = False, takes_modules: bool = False
+    *, run: RunMode = "sharded", random: bool = False, takes_modules: bool = False, by_parts: bool = False
 ) -> Callable[[Callable[P, Callable[..., Any]]], Callable[P, Preset]]:
-    """Make a factory of editing functions one of presets."""
+    """Make a factory of editing functions one of presets. ``by_parts``: they take the part that they are given, too."""
 
     def decorate(factory: Callable[P, Callable[..., Any]]) -> Callable[P, Preset]:
         signature = inspect.signature(factory)
@@ -112,7 +131,14 @@ def preset(
             places = Places(arguments.get("positions"), arguments.get("when", "all"))
             edit = factory(*args, **kwargs)
             return Preset(
-                factory.__name__, arguments, edit, run=run, random=random, takes_modules=takes_modules, places=places
+                factory.__name__,
+                arguments,
+                edit,
+                run=run,
+                random=random,
+                takes_modules=takes_modules,
+                by_parts=by_parts,
+                places=places,
             )
 
         FACTORIES[factory.__name__] = make
@@ -150,6 +176,8 @@ def compose(*edits: Callable[..., Any]) -> Preset:
     out = Composed("compose", {"edits": list(edits)}, edit, takes_modules=modules)
     out.default_run = "sharded" if runs == {"sharded"} else "every_rank"
     out.draws_random = any(e.draws_random for e in presets)
+    out.alike = all(e.alike for e in presets)
+    out.by_parts = all(e.by_parts for e in presets)
     out.__signature__ = inspect.signature(_of_everything if modules else _of_the_call)
     return out
 
@@ -159,6 +187,11 @@ class Composed(Preset):
         if self.takes_modules:
             return self._edit(given[1], given[3], call)
         return self._edit(given[0], None, call)
+
+    def on_part(self, x: Tensor, part: Part) -> Tensor:
+        for one in self.arguments["edits"]:
+            x = one.on_part(x, part)
+        return x
 
 
 FACTORIES["compose"] = lambda edits: compose(*edits)

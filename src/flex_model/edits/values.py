@@ -11,13 +11,14 @@ from flex_model.edits.like import Held, beside, like
 from flex_model.edits.places import Positions, When
 from flex_model.edits.preset import preset
 from flex_model.errors import EditError
+from flex_model.routing.part import WHOLE, Part
 
 __all__ = ["add", "clamp", "mean", "noise", "patch", "patch_rows", "replace", "resample", "scale", "zero"]
 
-Edit = Callable[[Tensor], Tensor]
+Edit = Callable[..., Tensor]  # of a value, or of a part of it and which part that is
 
 
-@preset()
+@preset(by_parts=True)
 def add(
     vector: Tensor | Held,
     *,
@@ -34,22 +35,22 @@ def add(
     ``normalize``: the vector is first divided by its length, so that ``scale`` is how far the value goes.
     """
 
-    def edit(x: Tensor) -> Tensor:
+    def edit(x: Tensor, part: Part = WHOLE) -> Tensor:
         step = beside(vector, x)
         if normalize:
             step = step / step.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        return x + scale * step
+        return x + scale * part(step)
 
     return edit
 
 
-@preset()
+@preset(by_parts=True)
 def scale(factor: float, *, positions: Positions = None, when: When = "all") -> Edit:
     """Multiply the value by ``factor``."""
-    return lambda x: x * factor
+    return lambda x, part=WHOLE: x * factor
 
 
-@preset()
+@preset(by_parts=True)
 def zero(
     index: int | Sequence[int] | None = None, *, dim: int = -1, positions: Positions = None, when: When = "all"
 ) -> Edit:
@@ -58,10 +59,10 @@ def zero(
     >>> zero([1])(torch.ones(2, 3)).tolist()
     [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
     """
-    return lambda x: _replaced(x, torch.zeros_like(x), index, dim)
+    return lambda x, part=WHOLE: _replaced(x, torch.zeros_like(x), index, dim, part)
 
 
-@preset()
+@preset(by_parts=True)
 def replace(
     value: float | Tensor | Held,
     index: int | Sequence[int] | None = None,
@@ -76,9 +77,9 @@ def replace(
     [[5.0, 0.0]]
     """
 
-    def edit(x: Tensor) -> Tensor:
-        new = torch.full_like(x, value) if isinstance(value, (int, float)) else beside(value, x)
-        return _replaced(x, new, index, dim)
+    def edit(x: Tensor, part: Part = WHOLE) -> Tensor:
+        new = torch.full_like(x, value) if isinstance(value, (int, float)) else part(beside(value, x))
+        return _replaced(x, new, index, dim, part)
 
     return edit
 
@@ -107,7 +108,7 @@ def patch(values: Tensor | Held, *, positions: Positions = None, when: When = "a
     return edit
 
 
-@preset()
+@preset(by_parts=True)
 def mean(values: Tensor | Held, *, positions: Positions = None, when: When = "all") -> Edit:
     """Mean ablation: put the mean over the rows of ``values`` in the place of every row.
 
@@ -118,10 +119,10 @@ def mean(values: Tensor | Held, *, positions: Positions = None, when: When = "al
     al., "Interpretability in the Wild" (2022).
     """
 
-    def edit(x: Tensor) -> Tensor:
+    def edit(x: Tensor, part: Part = WHOLE) -> Tensor:
         held = values if isinstance(values, Tensor) else values.value()
         average = held.mean(tuple(range(held.dim() - 1))) if held.dim() > 1 else held
-        return _replaced(x, beside(average, x), None, -1)
+        return _replaced(x, part(beside(average, x)), None, -1)
 
     return edit
 
@@ -170,12 +171,12 @@ def patch_rows(
     return edit
 
 
-@preset()
+@preset(by_parts=True)
 def clamp(
     min: float | None = None, max: float | None = None, *, positions: Positions = None, when: When = "all"
 ) -> Edit:
     """Keep every element between ``min`` and ``max``."""
-    return lambda x: x.clamp(min, max)
+    return lambda x, part=WHOLE: x.clamp(min, max)
 
 
 @preset(random=True)
@@ -189,18 +190,19 @@ def noise(std: float = 1.0, *, positions: Positions = None, when: When = "all") 
     return edit
 
 
-def _replaced(x: Tensor, new: Tensor, index: int | Sequence[int] | None, dim: int) -> Tensor:
+def _replaced(
+    x: Tensor, new: Tensor, index: int | Sequence[int] | None, dim: int, part: Part = WHOLE
+) -> Tensor:
     """``new`` where ``dim`` is one of ``index``, else ``x``; everywhere without ``index``."""
     if index is None and new.shape == x.shape and getattr(new, "placements", None) == getattr(x, "placements", None):
         return new
-    places = torch.ones(x.shape[dim] if index is not None else 1, dtype=torch.bool, device=x.device)
+    count = part.size(x, dim) if index is not None else 1
+    places = torch.ones(count, dtype=torch.bool, device=x.device)
     if index is not None:
         asked = [index] if isinstance(index, int) else list(index)
-        if asked and not -x.shape[dim] <= min(asked) <= max(asked) < x.shape[dim]:
-            raise EditError(
-                f"index {asked} is not within the {x.shape[dim]} places of dim {dim}.", page="preset-arguments"
-            )
+        if asked and not -count <= min(asked) <= max(asked) < count:
+            raise EditError(f"index {asked} is not within the {count} places of dim {dim}.", page="preset-arguments")
         places.zero_()[asked] = True
     size = [1] * x.dim()
-    size[dim] = len(places)
-    return torch.where(like(places.view(size), x), new, x)
+    size[dim] = count
+    return torch.where(like(part(places.view(size)), x), new, x)
