@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import relative_error
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from worlds import run_world
@@ -25,17 +26,17 @@ SHARDED, REPLICATED = "layers.0.mlp.act", "layers.0.norm"  # under "tp"
 class Wire(AbstractContextManager["Wire"]):
     """Counts the messages and bytes of this library's point-to-point and gather calls, by standing in for torch's."""
 
-    names = ("send", "irecv", "recv", "all_gather_single", "all_gather_into_tensor", "all_gather_object")
+    names = ("send", "isend", "irecv", "recv", "all_gather_single", "all_gather_into_tensor", "all_gather_object")
 
     def __init__(self) -> None:
         self.sent = 0
         self.calls: list[str] = []
 
     def __enter__(self) -> Wire:
-        from flex_model.routing import collectives, delivery
+        from flex_model.routing import collectives, moves
 
         self.kept = [(dist, n, getattr(dist, n)) for n in self.names if hasattr(dist, n)]
-        self.kept += [(m, "all_gather_flat", m.all_gather_flat) for m in (collectives, delivery)]
+        self.kept += [(m, "all_gather_flat", m.all_gather_flat) for m in (collectives, moves)]
         for owner, name, original in self.kept:
             setattr(owner, name, self.watch(name, original))
         return self
@@ -43,7 +44,7 @@ class Wire(AbstractContextManager["Wire"]):
     def watch(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(name)
-            if name == "send":
+            if name in ("send", "isend"):
                 self.sent += args[0].numel() * args[0].element_size()
             return original(*args, **kwargs)
 
@@ -171,7 +172,7 @@ def test_a_selection_of_the_sharded_dim_is_global(select: Any) -> None:
     assert all(equal for _, equal in run_world(2, _select, select))
 
 
-def _edit_collectives(engine: str, site: str, run: str) -> tuple[int, int]:
+def _edit_collectives(engine: str, site: str, run: str, edit: Any) -> tuple[int, int]:
     placed = engines.place(engine, models.net())
     fm = FlexModel(placed.model)
     mine = placed.mine(models.tokens())
@@ -183,23 +184,55 @@ def _edit_collectives(engine: str, site: str, run: str) -> tuple[int, int]:
 
     fm(mine)
     bare = count()
-    with fm.edit(site, edits.scale(2.0), run=run):
+    with fm.edit(site, edits.scale(2.0) if edit is None else edit, run=run):
         fm(mine)
         return count() - bare, bare
 
 
+def _double(x: Tensor) -> Tensor:
+    return x * 2
+
+
 @pytest.mark.parametrize(
-    ("engine", "site", "run", "more"),
+    ("engine", "site", "run", "edit", "more"),
     [
-        ("tp", SHARDED, "sharded", 1),  # the status exchange at the end of the forward
-        ("tp", REPLICATED, "every_rank", 1),
-        ("tp", SHARDED, "every_rank", 2),  # and one all-gather
-        ("fsdp2", SHARDED, "sharded", 2),  # are all batches equal?
-        ("fsdp2", SHARDED, "every_rank", 3),
+        ("tp", SHARDED, "sharded", None, 0),  # a preset of single elements has nothing to say
+        ("tp", SHARDED, "sharded", _double, 1),  # the status exchange at the end of the forward
+        ("tp", REPLICATED, "every_rank", None, 1),
+        ("tp", SHARDED, "every_rank", None, 2),  # and one all-gather
+        ("fsdp2", SHARDED, "sharded", None, 0),
+        ("fsdp2", SHARDED, "sharded", _double, 2),  # are all batches equal?
+        ("fsdp2", SHARDED, "every_rank", None, 3),
     ],
 )
-def test_collectives_of_an_edit(engine: str, site: str, run: str, more: int) -> None:
-    assert [extra for extra, _ in run_world(2, _edit_collectives, engine, site, run)] == [more] * 2
+def test_collectives_of_an_edit(engine: str, site: str, run: str, edit: Any, more: int) -> None:
+    assert [extra for extra, _ in run_world(2, _edit_collectives, engine, site, run, edit)] == [more] * 2
+
+
+class _Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+
+def _large() -> tuple[int, list[str], bool]:
+    """Two large values of one forward and a small one."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    output: dict[str, list[Tensor]] = {}
+    fm = FlexModel(nn.Sequential(_Half(), _Half()), output, mesh=mesh)
+    for name in ("0", "1"):
+        fm.register_forward_hook(HookFunction(name, layout={"tp": Shard(2)}))
+    whole = torch.randn((4, 1024, 1024), generator=torch.Generator().manual_seed(0))
+    mine = whole.chunk(2, 2)[dist.get_rank()].contiguous()
+    with torch.no_grad(), Wire() as wire:
+        fm(mine)
+    right = all(torch.equal(output[n][0], whole) for n in ("0", "1")) if dist.get_rank() == 0 else not output
+    return wire.sent, [c for c in wire.calls if c in ("send", "isend", "irecv")], right
+
+
+def test_large_values_go_in_pieces_and_no_byte_more() -> None:
+    (sent, received, right), (given, sends, nothing) = run_world(2, _large)
+    assert right and nothing and sent == 0 and given == 2 * 4 * 1024 * 512 * 4
+    assert received == ["irecv"] * 4 and sends == ["isend"] * 4  # of four MiB each
 
 
 def _read_only(engine: str) -> list[str]:

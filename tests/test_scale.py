@@ -33,7 +33,8 @@ from flex_model import FlexModel
 from flex_model.errors import LayoutError
 from flex_model.layout.mesh import Axis, ModelMesh
 from flex_model.layout.meta_results import makes_new
-from flex_model.routing.delivery import Item, deliver, exchange_shapes
+from flex_model.routing.delivery import deliver, exchange_shapes
+from flex_model.routing.item import Item
 from flex_model.routing.memory import Memory
 
 LAYERS, LOCAL, LENGTH, BATCH = 20, 12, 3, 2

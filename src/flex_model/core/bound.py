@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flex_model.core.hook_function import EditCall, HookFunction, HookType, Site
 from flex_model.layout.layout import Layout
-from flex_model.routing.delivery import Deliver
+from flex_model.routing.item import Deliver
 from flex_model.routing.part import Part
 from flex_model.routing.rows import RowSource
 from flex_model.routing.selection import Selection

@@ -35,7 +35,7 @@ from flex_model.core.stopping import Stop
 from flex_model.core.whole import full_batch, full_output, full_parameter, whole_module
 from flex_model.core.wrapping import check_sizes, largest_mesh, plain_keys, with_signature_of, wrapped_keys
 from flex_model.errors import RegistrationError, ShapeError
-from flex_model.routing.delivery import Deliver
+from flex_model.routing.item import Deliver
 
 __all__ = ["FlexModel"]
 

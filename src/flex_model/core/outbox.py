@@ -23,8 +23,9 @@ from flex_model.core.ragged import Identity, give, refusal, unnamed
 from flex_model.errors import FlexModelError, LayoutError
 from flex_model.layout.claim import Claim
 from flex_model.layout.layout import Layout
-from flex_model.routing.delivery import Item, deliver
+from flex_model.routing.delivery import deliver
 from flex_model.routing.hop import Hop, Parcel
+from flex_model.routing.item import Item
 from flex_model.routing.route import gradient_scale
 from flex_model.routing.selection import Taken
 from flex_model.trees import copy_tree

@@ -22,7 +22,7 @@ from flex_model.errors import LayoutError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
 from flex_model.routing.assembly import Parts
-from flex_model.routing.delivery import Item
+from flex_model.routing.item import Item
 from flex_model.routing.route import Route
 from flex_model.routing.rows import Gathered, Ids, encode, parted_axes, resolve
 

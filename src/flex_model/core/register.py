@@ -17,7 +17,7 @@ from flex_model.core.naming.globs import Pattern
 from flex_model.errors import RegistrationError
 from flex_model.layout.layout import parse_layout
 from flex_model.layout.mesh import ModelMesh
-from flex_model.routing.delivery import Deliver
+from flex_model.routing.item import Deliver
 from flex_model.routing.selection import Selection
 
 if TYPE_CHECKING:

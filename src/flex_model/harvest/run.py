@@ -25,7 +25,7 @@ from flex_model.harvest.share import Met, Share
 from flex_model.harvest.sink import Taking
 from flex_model.harvest.together import Together
 from flex_model.layout.mesh import Axis, ModelMesh
-from flex_model.routing.delivery import Deliver
+from flex_model.routing.item import Deliver
 from flex_model.routing.selection import Selection
 from flex_model.store import StoredSite
 from flex_model.store.dtypes import dtype_name, torch_dtype
