@@ -14,7 +14,7 @@ from worlds import run_world
 
 from flex_model import FlexModel, HookFunction
 from flex_model.layout.layout import Layout, ZigZag
-from flex_model.routing.assembly import assemble, has_places, place_of
+from flex_model.routing.assembly import assemble, place_of
 from flex_model.routing.memory import LARGE, Memory
 
 SIZE = LARGE // 4  # elements in float32
@@ -157,7 +157,7 @@ class Grid:
 )
 def test_places_are_where_the_parts_are_put_together(placements: tuple[Placement, ...]) -> None:
     mesh, layout = Grid(2, 3), Layout(placements, "said", ragged=(False, False))
-    assert has_places(layout)
+    assert layout.has_places
     parts = {rank: torch.randn(2, 3, 4) for rank in range(6)}
     whole = assemble(parts, layout, mesh)  # type: ignore[arg-type]
     assert isinstance(whole, Tensor)
@@ -168,5 +168,5 @@ def test_places_are_where_the_parts_are_put_together(placements: tuple[Placement
 
 @pytest.mark.parametrize("placement", [Partial(), ZigZag(1), _StridedShard(1, split_factor=2)])
 def test_what_has_no_places(placement: Placement) -> None:
-    assert not has_places(Layout((placement,), "said", ragged=(False,)))
-    assert not has_places(Layout((Shard(0),), "said", ragged=(False,), parted=(0,)))
+    assert not Layout((placement,), "said", ragged=(False,)).has_places
+    assert not Layout((Shard(0),), "said", ragged=(False,), parted=(0,)).has_places

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from flex_model.core.hook_function import EditCall, HookFunction, HookType, Site
@@ -53,6 +54,7 @@ class Bound:
     may_write: bool = False  # the editing function looks as if it wrote in place
     alike: bool = False  # the edit is made on shards, and fails on all ranks or on none
     on_part: Callable[[Tensor, Part], Tensor] | None = None  # the edit of a rank's own part as a plain tensor
+    part: tuple[Layout, torch.Size, Part | None] | None = None  # for values of the last layout and shape
     deliver: Deliver = "main"
     attached: bool = False
     selection: Selection | None = None

@@ -80,11 +80,13 @@ def run_on_part(bound: Bound, context: EditContext, local: Tensor, layout: Layou
     """The answer of an edit that needs no more than this rank's own part; None where it does."""
     if bound.on_part is None or bound.apart or context.check or not context.mesh.axes:
         return None
-    part = Part.of(local, layout, context.mesh)
-    if part is None:
+    known = bound.part
+    if known is None or known[0] is not layout or known[1] != local.shape:
+        known = bound.part = layout, local.shape, Part.of(local, layout, context.mesh)
+    if known[2] is None:
         return None
     try:
-        out = bound.on_part(local, part)
+        out = bound.on_part(local, known[2])
     except NeedsTheWhole:
         return None
     except Exception as error:

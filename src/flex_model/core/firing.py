@@ -192,14 +192,26 @@ def _stage(
             return
         if taken is not None:
             (local, layout, finish), selected = taken, True
-    wanted_here = layout is not None and rows is None and call.place is None and runtime.is_delivered_here(bound)
-    placed = runtime.copies.take_to_place(local, layout, runtime.mesh) if wanted_here and layout is not None else None
-    copy, room = placed or (runtime.copies.take(local, runtime.keep_on(layout)), None)
+    copy, room = _copied(runtime, bound, local, layout, simple=rows is None and call.place is None)
     staged = Staged(bound, key, copy, form, layout, selected=selected)
     staged.finish, staged.room = finish, room
     staged.microbatch, staged.occurrence, staged.batch = call.microbatch, form.spot.occurrence, batch
     staged.rows = () if rows is None else (rows,)
     runtime.stage(call, staged)
+
+
+def _copied(
+    runtime: Runtime, bound: Bound, local: Tensor, layout: Layout | None, *, simple: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A copy of this rank's shard, in its place in the full tensor if that will be here; and the full tensor."""
+    if layout is not None and simple and bound.deliver == "main" and runtime.whole is runtime.mesh:
+        if not runtime.mesh.is_main and not layout.moving_axes:  # another rank has the same
+            return local.new_empty(()).expand(local.shape), None
+        if runtime.mesh.is_main and (runtime.device is None or runtime.device.type == "cpu"):
+            placed = runtime.copies.take_to_place(local, layout, runtime.mesh)
+            if placed is not None:
+                return placed
+    return runtime.copies.take(local, runtime.keep_on(layout)), None
 
 
 def _edit(

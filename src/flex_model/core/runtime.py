@@ -365,8 +365,3 @@ class Runtime:
         """Where a staged value waits: on the user's device at once if nothing has to move between ranks."""
         moves = layout is None or bool(layout.moving_axes) or self.whole is not self.mesh
         return None if moves and self.whole.axes else self.device
-
-    def is_delivered_here(self, bound: Bound) -> bool:
-        """Whether a sharded value will be whole on this rank and no other, in memory of the host."""
-        on_host = self.device is None or self.device.type == "cpu"
-        return bound.deliver == "main" and on_host and self.mesh.is_main and self.whole is self.mesh

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -107,15 +107,20 @@ class Layout:
     proven: bool = True
     late: tuple[int, ...] = ()
     parted: tuple[int, ...] = ()
+    sharded_axes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    moving_axes: tuple[int, ...] = field(init=False, repr=False, compare=False)  # over which data moves to make it full
+    has_places: bool = field(init=False, repr=False, compare=False)  # each part is one rectangle of the full tensor
 
-    @property
-    def sharded_axes(self) -> tuple[int, ...]:
-        return tuple(i for i, p in enumerate(self.placements) if shard_dim(p) is not None)
-
-    @property
-    def moving_axes(self) -> tuple[int, ...]:
-        """Axes over which data must move to make the value full."""
-        return tuple(i for i, p in enumerate(self.placements) if not replicates(p))
+    def __post_init__(self) -> None:
+        """What every firing of a hook asks for is found once."""
+        sharded = tuple(i for i, p in enumerate(self.placements) if shard_dim(p) is not None)
+        moving = tuple(i for i, p in enumerate(self.placements) if not replicates(p))
+        plain = sharded == moving and not any(
+            isinstance(p := self.placements[i], ZigZag) or split_factor(p) > 1 for i in sharded
+        )
+        object.__setattr__(self, "sharded_axes", sharded)
+        object.__setattr__(self, "moving_axes", moving)
+        object.__setattr__(self, "has_places", plain and not self.parted)
 
     def with_evidence(self, evidence: str) -> Layout:
         return replace(self, evidence=evidence)

@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from math import prod
@@ -37,10 +37,10 @@ class Axis:
     kind: AxisKind
     ranks: tuple[int, ...]
     sequence: bool = False
+    size: int = field(init=False, repr=False)
 
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.ranks))
 
 
 class ModelMesh:

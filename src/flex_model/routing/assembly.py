@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.layout.layout import Layout, ZigZag, fits, merge_parts, my_part, replicates, shard_dim, split_factor
+from flex_model.layout.layout import Layout, ZigZag, fits, merge_parts, my_part, shard_dim, split_factor
 from flex_model.layout.mesh import ModelMesh
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Parts",
     "Shapes",
     "assemble",
-    "has_places",
     "merge",
     "owners",
     "owns",
@@ -149,16 +148,8 @@ class NoRectangle(Exception):
     """The ranks' parts have no rectangular whole."""
 
 
-def has_places(layout: Layout) -> bool:
-    """Whether each part is one rectangle of the full tensor, where all ranks' parts have one shape."""
-    return not layout.parted and all(
-        replicates(p) or (shard_dim(p) is not None and split_factor(p) == 1 and not isinstance(p, ZigZag))
-        for p in layout.placements
-    )
-
-
 def place_of(full: Tensor, layout: Layout, mesh: ModelMesh, rank: int) -> Tensor:
-    """The view of ``full`` in which the part of group rank ``rank`` lies, where the layout ``has_places``."""
+    """The view of ``full`` where the part of group rank ``rank`` lies; all have one shape, the layout places."""
     for axis, at in enumerate(mesh.coordinate_of(rank)):
         dim = shard_dim(layout.placements[axis])
         if dim is not None:

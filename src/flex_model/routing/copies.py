@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.routing.assembly import has_places, place_of
+from flex_model.routing.assembly import place_of
 from flex_model.routing.memory import LARGE, Memory
 
 __all__ = ["Copies"]
@@ -74,7 +74,7 @@ class Copies:
     def take_to_place(self, tensor: Tensor, layout: Layout, mesh: ModelMesh) -> tuple[Tensor, Tensor] | None:
         """A copy of this rank's shard, and the full tensor that it is a view of; None where the full tensor's size is
         not known yet, or it would lie on an accelerator before anybody needs it there."""
-        if not layout.moving_axes or any(layout.ragged) or not has_places(layout):
+        if not layout.moving_axes or any(layout.ragged) or not layout.has_places:
             return None
         if type(tensor) is not Tensor or tensor.device.type != "cpu":
             return None

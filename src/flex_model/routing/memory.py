@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["LARGE", "Memory"]
 
-LARGE = 2**22  # bytes; below, the allocator does this by itself
+LARGE = 2**20  # bytes; below, the allocator does this by itself
 _ROOM = 2**29  # bytes kept while nobody has them
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flex_model.layout.layout import Layout
 from flex_model.layout.mesh import ModelMesh
-from flex_model.routing.assembly import Parts, assemble, has_places, merge, owners, owns, place_of
+from flex_model.routing.assembly import Parts, assemble, merge, owners, owns, place_of
 from flex_model.routing.collectives import all_gather_flat, from_bytes, to_bytes
 from flex_model.routing.item import Item, full_shape
 from flex_model.routing.memory import Memory
@@ -26,7 +26,7 @@ __all__ = ["to_all", "to_main"]
 _BUCKET = 16 * 2**20  # bytes of values that travel together
 _LARGE = 2**20  # bytes of a part from which on it is worth a message of its own
 _PIECE = 4 * 2**20  # bytes of a large part that travel together: they are put in their place while the next ones come
-_AHEAD = 2  # pieces that may be on their way to one rank
+_AHEAD = 16 * 2**20  # bytes that may be on their way from one rank
 
 
 def to_main(items: Sequence[Item], mesh: ModelMesh, memory: Memory) -> None:
@@ -83,7 +83,7 @@ def _rooms(bucket: Sequence[Item], mesh: ModelMesh, memory: Memory) -> list[Tens
     rooms: list[Tensor | None] = []
     for item in bucket:
         room = item.room
-        if room is None and item.shapes is not None and item.shapes.even and has_places(item.layout):
+        if room is None and item.shapes is not None and item.shapes.even and item.layout.has_places:
             room = memory.empty(full_shape(item, mesh), item.local.dtype, item.local.device)
         rooms.append(room)
     return rooms
@@ -132,7 +132,7 @@ def _straight(rooms: Sequence[Tensor | None], layout: Layout, mesh: ModelMesh, r
 def _goes_in_pieces(item: Item) -> bool:
     assert item.shapes is not None
     even = item.shapes.even and item.local.device.type == "cpu"
-    return even and item.local.nbytes >= _LARGE and has_places(item.layout)
+    return even and item.local.nbytes >= _LARGE and item.layout.has_places
 
 
 def _pieces(local: Tensor) -> list[Tensor]:
@@ -164,7 +164,7 @@ def _pieces_to_main(items: Sequence[Item], mesh: ModelMesh, memory: Memory) -> N
             for rank, place in zip(places, at, strict=True):
                 part = place if place.is_contiguous() else memory.empty(place.shape, place.dtype)
                 coming.append((dist.irecv(to_bytes(part), group=mesh.world, group_src=rank), part, place))
-            while len(coming) > _AHEAD * len(places):
+            while sum(part.nbytes for _, part, _ in coming) > _AHEAD * len(places):
                 put()
         for part, place in zip(_pieces(item.local), mine, strict=True):
             _put(part, place)

@@ -9,7 +9,6 @@ from torch import Tensor
 from flex_model.errors import EditError
 from flex_model.layout.layout import Layout, shard_dim
 from flex_model.layout.mesh import ModelMesh
-from flex_model.routing.assembly import has_places
 
 __all__ = ["WHOLE", "NeedsTheWhole", "Part"]
 
@@ -37,7 +36,7 @@ class Part:
     @classmethod
     def of(cls, local: Tensor, layout: Layout, mesh: ModelMesh) -> Part | None:
         """Of this rank's shard; None if it is no rectangle of the whole."""
-        if not has_places(layout):
+        if not layout.has_places:
             return None
         spans: dict[int, Span | None] = {}
         for axis, placement in reversed(list(enumerate(layout.placements))):  # the inner ones first
