@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections import OrderedDict
+from functools import partial
+
 import pytest
 import torch
 from conftest import installed, unchanged
 from models import net, tokens
+from torch import nn
 
 from flex_model import FlexModel, HookFunction
+from flex_model.core.hook_function import Site
 from flex_model.errors import GroupError, NameNotFoundError, RegistrationError
 
 PLACES = ("layers.0.mlp", "layers.1.mlp", "head")
@@ -201,3 +208,67 @@ def test_a_removed_hook_leaves_its_groups(model):
     handle.remove()
     with pytest.raises(GroupError):
         model(tokens(), groups="new")
+
+
+# -- switched off and on ------------------------------------------------------------------------------------------
+def _note(seen: list[object], number: int, x: torch.Tensor, *, site: Site) -> None:
+    seen.append((site.name, number))
+
+
+def test_a_group_that_comes_back_is_not_made_anew() -> None:
+    """The same hooks are there again, in the order of registration, and none beside them."""
+    model, seen = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), []
+    fm = FlexModel(model, {})
+    for number, name in enumerate(("0", "1", "0")):
+        note = partial(_note, seen, number)
+        fm.register_forward_hook(HookFunction(name, editing_function=note, capture=False))
+    fm(torch.ones(1, 2))
+    first, seen[:] = list(seen), []
+    hooks = [dict(m._forward_hooks) for m in model.modules()]
+    for _ in range(3):
+        with fm.groups("all", complement=True):
+            assert installed(model) == 0
+            fm(torch.ones(1, 2))
+    assert seen == [] and [list(m._forward_hooks.values()) for m in model] == [list(h.values()) for h in hooks[1:]]
+    fm(torch.ones(1, 2))
+    assert seen == first == [("0", 0), ("0", 2), ("1", 1)]
+
+
+def test_what_was_kept_of_hooks_is_forgotten_with_them() -> None:
+    model, output = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {}
+    fm = FlexModel(model, output)
+    first, _ = (fm.register_forward_hook(HookFunction(n)) for n in "01")
+    with fm.groups("all", complement=True):
+        first.remove()
+    fm(torch.ones(1, 2))
+    assert list(output) == ["1"]
+    fm.restore()
+    assert installed(model) == 0 and not fm._runtime.installed.sets._kept
+
+
+def test_hooks_are_made_anew_where_the_model_has_other_tables() -> None:
+    model, output = nn.Sequential(nn.Linear(2, 2)), {}
+    fm = FlexModel(model, output)
+    fm.register_forward_hook(HookFunction("0"))
+    with fm.groups("all", complement=True):
+        model[0]._forward_hooks = OrderedDict()
+    fm(torch.ones(1, 2))
+    assert len(output["0"]) == 1
+
+
+def test_a_block_leaves_nothing_behind() -> None:
+    """What a block has captured is gone with what it gave."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    fm = FlexModel(model)
+    gc.collect()
+    gc.disable()
+    try:
+        for backward in (False, True):
+            with fm.capture("0") as acts:
+                loss = fm(torch.ones(1, 2)).sum()
+                _ = loss.backward() if backward else None
+            gone = weakref.ref(acts["0"])
+            del acts
+            assert gone() is None
+    finally:
+        gc.enable()

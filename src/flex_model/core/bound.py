@@ -71,20 +71,17 @@ class Bound:
     met: str = ""  # of its gradient: WATCHED for, or why not; empty where its value was not met
     reached: int = 0  # gradients met, also refused ones
     missed: str = ""  # why it did not fire although it should have
-    handles: list[Callable[[], None]] = field(default_factory=list)
+    is_gradient: bool = field(init=False)
+    side: str = field(init=False)
 
-    @property
-    def is_gradient(self) -> bool:
-        return self.hook_type in ("full_backward", "full_backward_pre", "tensor")
+    def __post_init__(self) -> None:
+        self.is_gradient = self.hook_type in ("full_backward", "full_backward_pre", "tensor")
+        self.side = {"forward": "out", "full_backward_pre": "out", "tensor": "param"}.get(self.hook_type, "in")
 
     @property
     def concerns_others(self) -> bool:
         """Whether ranks have anything to tell one another of it at the end of a forward."""
         return not self.alike or self.sink is not None or self.gradient_sink is not None
-
-    @property
-    def side(self) -> str:
-        return {"forward": "out", "full_backward_pre": "out", "tensor": "param"}.get(self.hook_type, "in")
 
     def site(self, index: int) -> Site:
         return Site(self.name, self.hook_type, index)

@@ -218,6 +218,7 @@ class FlexModel(Harvesting, Reporting, nn.Module):
             runtime.groups.drop(bound.hook)
             if bound.sink is not None:
                 self._sink.release(bound.key)
+            runtime.installed.sets.forget()
             runtime.installed.put_on()
 
     # -- groups ------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ class FlexModel(Harvesting, Reporting, nn.Module):
     @contextmanager
     def groups(self, groups: str | Sequence[str] = ALL, *, complement: bool = False) -> Iterator[None]:
         """Which groups are on within the block, for whoever calls the model."""
-        self._runtime.groups.chosen(groups, complement)  # an unknown group changes nothing
+        self._runtime.groups.check(groups)  # an unknown one changes nothing
         before, self._chosen = self._chosen, (groups, complement)
         self._apply_groups()
         try:
@@ -497,6 +498,7 @@ class FlexModel(Harvesting, Reporting, nn.Module):
             runtime.groups.drop(bound.hook)
         runtime.bounds.clear()
         runtime.installed.take_off()
+        runtime.installed.sets.forget()
         return self.module
 
 

@@ -34,12 +34,12 @@ class Groups:
         return sorted({ALL}.union(*self._tags.values()))
 
     def members(self, group: str) -> list[HookFunction]:
-        self.check([group])
+        self.check(group)
         return [h for h, tags in self._tags.items() if group in tags]
 
-    def check(self, groups: Sequence[str]) -> None:
+    def check(self, groups: str | Sequence[str]) -> None:
         known = {ALL}.union(*self._tags.values())
-        unknown = [g for g in groups if g not in known]
+        unknown = [g for g in ([groups] if isinstance(groups, str) else groups) if g not in known]
         if unknown:
             raise GroupError(f"no hook is in the group {unknown[0]!r}; the groups are {', '.join(sorted(known))}.")
 
@@ -53,7 +53,7 @@ class Groups:
             raise GroupError(
                 "the group 'all' holds every hook and cannot be removed; remove the hook instead.", page="group-all"
             )
-        self.check([group])
+        self.check(group)
         for hook in self._resolve(which):
             self._tags[hook].discard(group)
 

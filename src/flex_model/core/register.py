@@ -132,11 +132,12 @@ def _known_axis(index: Any, axis: str) -> bool:
     return True
 
 
-class _GradientSink:
-    """Gradients of what a capture holds."""
+class _CaptureSink:
+    """Values, or gradients, for a capture: it holds the capture's tables and not the capture, which would hold it."""
 
-    def __init__(self, acts: Captured) -> None:
-        self._acts, self._table = acts, acts._grads
+    def __init__(self, acts: Captured, *, gradients: bool = False) -> None:
+        self._table = acts._grads if gradients else acts._values
+        self._refused, self._empty = acts.refused, acts._empty
 
     def put(self, key: str | Site, value: Any) -> None:
         self._table.put(key, value)
@@ -145,18 +146,10 @@ class _GradientSink:
         self._table.put_rows(key, value, tokens, experts, serial)
 
     def refuse(self, key: str | Site, error: Exception) -> None:
-        self._acts.refused[key] = error
+        self._refused[key] = error
 
     def empty(self, key: str | Site, reason: str) -> None:
-        self._acts._empty[key] = reason
-
-
-class _ValueSink(_GradientSink):
-    """What a capture holds itself."""
-
-    def __init__(self, acts: Captured) -> None:
-        super().__init__(acts)
-        self._table = acts._values
+        self._empty[key] = reason
 
 
 def capture_bounds(
@@ -215,7 +208,7 @@ def capture_bounds(
             f"deliver='local' leaves it on the ranks of its stage, and rank {whole.rank} is on another; pass 'all'."
         )
     acts = Captured([a.key for a in found], elsewhere, runtime.names.others("module") if of == "module" else {})
-    values, gradients = _ValueSink(acts), _GradientSink(acts)
+    values, gradients = _CaptureSink(acts), _CaptureSink(acts, gradients=True)
     bounds = []
     for one in found:
         hook = HookFunction(one.name, unpack_idx=one.unpack_idx, select=one.select)

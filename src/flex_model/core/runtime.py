@@ -122,6 +122,7 @@ class Runtime:
     def refresh(self) -> None:
         """Look at the model anew: names, engines, mesh. Layouts found before are forgotten."""
         self.hooks_mark, self._agreed = "", set()
+        self.installed.sets.forget()
         refuse_unsupported(self.module)
         root = Names(self.module).root
         parts_of_rank = root.children() if isinstance(root, nn.ModuleList) else ()  # wrapped each for itself
@@ -197,6 +198,7 @@ class Runtime:
                 self.names.check_collisions()
             for bound in self.bounds:
                 bound.module = self.names.module_of(bound.name, bound.side)
+            self.installed.sets.forget()
             self.installed.put_on()
 
     def _engine_mark(self) -> object:
