@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from cells import cell, spread, table
 
 MODEL = "64 modules `x + 1` of (1, 1, 576) in float32, on one thread"
+GROUP = 1000  # hooks
 TORCH = ["torch==2.13.0", "transformers==4.57.6", "numpy"]  # newer ones have not what it imports
 
 
@@ -33,6 +35,8 @@ def measure(*, way: str, rounds: int, packages: list[str], **_: Any) -> Any:
     runs = {"bare": lambda: bare(x)}
     runs |= {f"hand {kind}": run for kind, run in check("by_hand", x).items()}
     runs |= check(way, x)
+    if way == "flex_model":
+        runs |= {"empty": _empty(x), "disabled": _disabled(x)}
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
         for _ in range(rounds):
@@ -42,6 +46,46 @@ def measure(*, way: str, rounds: int, packages: list[str], **_: Any) -> Any:
                 times[name].append((time.process_time_ns() - start) / 1000 / MODULES)
     middle = {name: sorted(t[rounds // 10 :])[len(t[rounds // 10 :]) // 2] for name, t in times.items()}
     return {"times": middle, "versions": {p: version(p) for p in packages}}
+
+
+def _empty(x: torch.Tensor) -> Callable[[], Any]:
+    from speeds.ways import net
+
+    hooked = net()
+    for module in hooked:
+        module.register_forward_hook(lambda m, a, out: None)
+    return lambda: hooked(x)
+
+
+def _disabled(x: torch.Tensor) -> Callable[[], Any]:
+    """A model whose hooks are off, called as whoever it belongs to calls it."""
+    from flex_model import FlexModel, HookFunction
+    from speeds.ways import net
+
+    model = net()
+    fm = FlexModel(model, {})
+    for name in fm.wrapped_module_names[1:]:
+        fm.register_forward_hook(HookFunction(name))
+    off = fm.groups("all", complement=True)
+    off.__enter__()
+    return lambda: (off, model(x))
+
+
+def switched(*, rounds: int, hooks: int, **_: Any) -> Any:
+    """Milliseconds to turn a group off, and on again: medians."""
+    from torch import nn
+
+    from flex_model import FlexModel, HookFunction
+
+    fm, times = FlexModel(nn.Sequential(*(nn.Identity() for _ in range(hooks))), {}), []
+    for i in range(hooks):
+        fm.register_forward_hook(HookFunction(str(i)))
+    for _ in range(rounds):
+        start = time.perf_counter()
+        with fm.groups("all", complement=True):
+            middle = time.perf_counter()
+        times.append((1000 * (middle - start), 1000 * (time.perf_counter() - middle)))
+    return [sorted(one)[rounds // 2] for one in zip(*times, strict=True)]
 
 
 def report(options: Any) -> list[str]:
@@ -59,7 +103,11 @@ def report(options: Any) -> list[str]:
     ours = [one["times"] for one in found["flex_model"]]
     by_hand = [spread([one[f"hand {kind}"] for one in ours], ".1f") for kind in ("capture", "edit")]
     rows.append(["hooks of torch, by hand", by_hand[0], "1", by_hand[1], "1"])
+    for name, title in (("empty", "an empty hook of torch"), ("disabled", "FlexModel, hooks off")):
+        rows.append([title, spread([one[name] for one in ours], ".1f"), "", "", ""])
     rows.append(["no hook", spread([one["bare"] for one in ours], ".1f"), "", "", ""])
+    turned = [cell("speeds.hooks", "switched", rounds=50, hooks=GROUP)[0] for _ in range(options.processes)]
+    off, on = (spread([one[i] for one in turned], ".2f") for i in range(2))
     versions = {way: ", ".join(f"{p} {v}" for p, v in found[way][0]["versions"].items()) for way in used if found[way]}
     return [
         "Hooks on one process",
@@ -69,6 +117,8 @@ def report(options: Any) -> list[str]:
         f"({options.hook_rounds} rounds). What is captured, and what comes out of an edited model, is compared first.",
         "",
         *table(rows),
+        f"A group of {GROUP:,} hooks is turned off in {off} ms, and on again in {on} ms.",
+        "",
         *(f"* {used[way].title}: {told}" for way, told in versions.items()),
     ]
 
