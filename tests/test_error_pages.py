@@ -49,6 +49,7 @@ INTERNAL = {
     "ChildFailedError": "becomes process-failed in the command",
     "NoReference": "becomes a row of a report",
     "NoRectangle": "caught in routing/assembly.py",
+    "NeedsTheWhole": "caught in core/editing.py",
     "NotImplementedError": "a method that an engine must have",
     "Opaque": "ends the twin early",
     "Stop": "ends a forward, and is taken up where it began",
