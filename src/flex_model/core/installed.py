@@ -81,7 +81,7 @@ class Installed:
         for module in entries:
             enter = outside(self.runtime.enter)
             self._entry_handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-        self.runtime.missed.arm([b for b in self.enabled if b.module is not None])
+        self.runtime.missed.arm(now.here)
         self.put_on_parameters()
         self.look_on()
         self._put_on_slots(now)
@@ -119,8 +119,9 @@ class Installed:
                 slot.put()
         else:
             by_place: dict[tuple[int, str], list[Bound]] = {}
-            for bound in wanted.on_modules:
-                by_place.setdefault((id(bound.module), bound.side), []).append(bound)
+            for bound in wanted.here:
+                if bound.side != "param":
+                    by_place.setdefault((id(bound.module), bound.side), []).append(bound)
             wanted.slots = [self._slot(side, here) for (_, side), here in by_place.items()]
         self._slots, self._shown = wanted.slots, wanted.bounds
 

@@ -52,12 +52,12 @@ class Set:
     slots: list[Slot] | None = None  # None: not made yet
     describes: bool = field(init=False)  # an edit asks about its call
     concerns_others: bool = field(init=False)
-    on_modules: list[Bound] = field(init=False)
+    here: list[Bound] = field(init=False)  # not on another stage
 
     def __post_init__(self) -> None:
         self.describes = any(b.wants_call for b in self.bounds)
         self.concerns_others = any(b.concerns_others for b in self.bounds)
-        self.on_modules = [b for b in self.bounds if b.side != "param" and b.module is not None]
+        self.here = [b for b in self.bounds if b.module is not None]
 
 
 class Sets:

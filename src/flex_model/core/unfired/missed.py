@@ -68,8 +68,10 @@ class Missed:
     # -- registered hooks --------------------------------------------------------------------------------------
     def arm(self, enabled: Sequence[Bound]) -> None:
         """These hooks are on: look at them until each has fired."""
-        on = [b for b in enabled if not b.temporary and b not in self._told and self._tries.get(b, 0) < PATIENCE]
-        self.pending = [(b, _count(b)) for b in on]
+        on = [b for b in enabled if not b.temporary]
+        if self._told or self._tries:
+            on = [b for b in on if b not in self._told and self._tries.get(b, 0) < PATIENCE]
+        self.pending = [(b, b.reached if b.is_gradient else b.fired + b.told) for b in on]
         self._armed, self._whole = self.runtime.calls, False
         wanted = [b for b in enabled if b.side != "param" and (b.is_gradient or b.gradient_sink is not None)]
         self.walkers = [b for b in wanted if not b.reached and (b.name, b.side) not in self.known]
