@@ -15,6 +15,7 @@ from worlds import run_world
 from flex_model import FlexModel, HookFunction
 from flex_model.layout.layout import Layout, ZigZag
 from flex_model.routing.assembly import assemble, place_of
+from flex_model.routing.copies import Copies
 from flex_model.routing.memory import LARGE, Memory
 
 SIZE = LARGE // 4  # elements in float32
@@ -44,18 +45,18 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes_first() -> None:
     places = [t.data_ptr() for t in held]
     for _ in range(3):
         held.pop(0)
-    assert [b.data_ptr() for b in memory._free] == places[1:]
+    assert list(memory._free) == places[1:]
     del held
     larger = memory.empty((3 * SIZE,), torch.float32)
     del larger
-    assert memory._free == [], "more than there is room for is not kept"
+    assert not memory._free, "more than there is room for is not kept"
 
 
 def test_small_memory_is_the_allocators() -> None:
     memory = Memory()
     small = memory.empty((SIZE - 1,), torch.float32)
     del small
-    assert memory._free == []
+    assert not memory._free
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -77,18 +78,29 @@ def test_it_may_be_let_go_in_any_thread() -> None:
 
 
 def test_captures_of_one_process_are_copies_also_when_memory_is_used_again() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True))
-    fm, kept = FlexModel(model), []
+    linear = nn.Linear(64, 64)
+    output: dict[str, list[Tensor]] = {}
+    fm, places = FlexModel(nn.Sequential(linear, nn.ReLU(inplace=True)), output), []
+    fm.register_forward_hook(HookFunction("0"))
+    inputs = [torch.full((LARGE // 256, 64), float(i)) for i in range(6)]
     with torch.no_grad():
-        for i in range(4):
-            x = torch.full((LARGE // 256 + i % 2, 64), float(i))
-            with fm.capture("0") as acts:
+        for start in (0, 3):
+            output.clear()
+            for x in inputs[start : start + 3]:
                 fm(x)
-            kept.append((acts["0"], model[0](x)))
-            if i == 1:
-                kept.clear()
-    assert all(torch.equal(got, want) for got, want in kept) and len(kept) == 2
+            got = output["0"]
+            want = [nn.functional.linear(x, linear.weight, linear.bias) for x in inputs[start : start + 3]]
+            assert len(got) == 3 and all(map(torch.equal, got, want))
+            places.append({t.data_ptr() for t in got})
+            del got
+    assert places[0] == places[1] and len(places[0]) == 3
+
+
+def test_what_is_not_numbers_side_by_side_is_cloned_by_torch() -> None:
+    copies = Copies(Memory())
+    scaled = torch.quantize_per_tensor(torch.randn(SIZE * 4), 0.1, 0, torch.qint8)
+    sparse = torch.eye(SIZE // 256).to_sparse()
+    assert copies.take(scaled, None).is_quantized and copies.take(sparse, None).is_sparse
 
 
 # -- a shard goes to its place in the full tensor ----------------------------------------------------------------

@@ -17,7 +17,7 @@ from pipelines import SCHEDULES, SINGLE, Pipe, Traffic, loss, step
 from torch import Tensor, nn
 from worlds import run_world
 
-from flex_model import FlexModel, HookFunction
+from flex_model import FlexModel, HookFunction, edits
 from flex_model.errors import DeliveryError, EditError, LayoutError, NameNotFoundError
 
 LAYERS, BATCH = 4, 8
@@ -260,7 +260,7 @@ def test_save_ctx_over_stages(schedule: str) -> None:
 
 
 # -- what can go wrong ---------------------------------------------------------------------------------------------
-def _failing_edit() -> None:
+def _failing_edit(preset: bool) -> None:
     pipe = Pipe(models.net(layers=LAYERS), "1f1b")
     fm = FlexModel(pipe.module)
     run = pipe.schedule()
@@ -268,15 +268,18 @@ def _failing_edit() -> None:
     def fail(x: Tensor) -> Tensor:
         raise ValueError("no such feature")
 
-    with fm.edit("layers.3.mlp", fail), pytest.raises(EditError, match=r"layers.3.mlp.*rank 1.*no such feature"):
+    edit, words = (edits.add(torch.randn(9)), "size of tensor") if preset else (fail, "no such feature")
+    with fm.edit("layers.3.mlp", edit), pytest.raises(EditError, match=rf"layers.3.mlp.*rank 1.*{words}"):
         step(run, tokens())
     with fm.capture("emb", "head") as acts:  # and the next step is as if nothing had been
         step(run, tokens())
     assert acts["emb"].shape == (BATCH, 6, 8) and acts["head"].shape == (BATCH, 6, 32)
 
 
-def test_a_failing_edit_is_everybodys() -> None:
-    run_world(2, _failing_edit)
+@pytest.mark.parametrize("preset", [False, True])
+def test_a_failing_edit_is_everybodys(preset: bool) -> None:
+    """Also one that would fail on all ranks alike: the other stage does not make it."""
+    run_world(2, _failing_edit, preset)
 
 
 class Sliced(nn.Module):

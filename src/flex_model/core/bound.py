@@ -52,7 +52,7 @@ class Bound:
     takes_value_only: bool = False
     uses_context: bool = False  # the editing function gets save_ctx
     may_write: bool = False  # the editing function looks as if it wrote in place
-    alike: bool = False  # the edit is made on shards, and fails on all ranks or on none
+    alike: bool = False  # the edit is made on shards, by all ranks, and fails on all or on none
     on_part: Callable[[Tensor, Part], Tensor] | None = None  # the edit of a rank's own part as a plain tensor
     part: tuple[Layout, torch.Size, Part | None] | None = None  # for values of the last layout and shape
     deliver: Deliver = "main"

@@ -76,7 +76,7 @@ def run_edit(
     return (None if out is None else with_whole_gradient(out, mesh, layout)), whole
 
 
-def run_on_part(bound: Bound, context: EditContext, local: Tensor, layout: Layout) -> Tensor | None:
+def run_on_part(bound: Bound, context: EditContext, local: Tensor, layout: Layout, call: Call) -> Tensor | None:
     """The answer of an edit that needs no more than this rank's own part; None where it does."""
     if bound.on_part is None or bound.apart or context.check or not context.mesh.axes:
         return None
@@ -87,19 +87,26 @@ def run_on_part(bound: Bound, context: EditContext, local: Tensor, layout: Layou
         return None
     try:
         out = bound.on_part(local, known[2])
+        check_answer(bound, local, out)
     except NeedsTheWhole:
         return None
     except Exception as error:
-        raise _failed(bound, error) from error
-    check_answer(bound, local, out)
+        _fail(bound, context, call, error)
+        return local
     return out
 
 
-def _failed(bound: Bound, error: Exception) -> EditError:
-    return EditError(
-        f"{bound.where}: {bound.hook.editing_function!r} failed, as on every rank, with {summary(error)}",
-        page=getattr(error, "page", ""),
-    )
+def _fail(bound: Bound, context: EditContext, call: Call, error: Exception) -> None:
+    """Keep a failure for the next point that all ranks pass; raised at once where there is none, where the other ranks
+    have it too, and where it is none."""
+    if context.on_failure is None or isinstance(error, _ENDS_RECOMPUTATION):
+        raise error
+    if bound.alike:
+        raise EditError(
+            f"{bound.where}: {bound.hook.editing_function!r} failed, as on every rank, with {summary(error)}",
+            page=getattr(error, "page", ""),
+        ) from error
+    context.on_failure(bound, call, error)
 
 
 def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Call) -> Tensor | None:
@@ -107,11 +114,7 @@ def _call(bound: Bound, context: EditContext, full: Tensor, index: int, call: Ca
     try:
         return _answer(bound, context, full, index, call)
     except Exception as error:
-        if context.on_failure is None or isinstance(error, _ENDS_RECOMPUTATION):
-            raise
-        if bound.alike:
-            raise _failed(bound, error) from error
-        context.on_failure(bound, call, error)
+        _fail(bound, context, call, error)
         return full
 
 

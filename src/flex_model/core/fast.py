@@ -12,6 +12,7 @@ from flex_model.core.call import Staged
 from flex_model.core.editing import check_answer, refuse_write
 from flex_model.core.ragged import give, identified
 from flex_model.errors import ShapeError
+from flex_model.routing.memory import LARGE
 
 if TYPE_CHECKING:
     from flex_model.core.firing import Point
@@ -77,7 +78,8 @@ def _capture(runtime: Runtime, point: Point, bound: Bound) -> Hook:
         if call is None or type(output) is not Tensor:
             return point.on_output(module, args, output)
         bound.fired += 1
-        call.staged.append(Staged(bound, key, output.detach().clone() if stays else copies.take(output, device)))
+        small = stays and output.nbytes < LARGE
+        call.staged.append(Staged(bound, key, output.detach().clone() if small else copies.take(output, device)))
         return None
 
     return capture

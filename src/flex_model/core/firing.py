@@ -233,9 +233,12 @@ def _edit(
         return _attach(runtime, bound, value, layout, key, capturing, call, rows)
     if not recomputed:  # its forward has met the others
         _check_lockstep(runtime, bound, layout, call)
-    if rows is None and (part := run_on_part(bound, runtime.context, plain(value), layout)) is not None:
-        return like(_kept_alive(runtime, part, plain(value)), value)
     call.edited = call.edited or not bound.alike
+    whole = plain(value)
+    if rows is None:
+        part = run_on_part(bound, runtime.context, whole, layout, Call(call.index, call.microbatch))
+        if part is not None:
+            return like(_kept_alive(runtime, part, whole), value)
     if not recomputed and layout.moving_axes and runtime.lockstep and bound.hook.run != "sharded":
         runtime.outbox.status.edits.append(bound.where)
     runtime.context.even_axes = _even_axes(runtime, layout, call, bound.axes)
@@ -243,7 +246,6 @@ def _edit(
         call.describe(whole_experts(runtime, layout, rows)) if bound.wants_call else Call(call.index, call.microbatch)
     )
     snapshot_key = (id(bound), leaf.index)
-    whole = plain(value)
     local = whole if rows is None else rows.take(whole)
     state = call.recall(snapshot_key, local) if recomputed else None
     if state is not None:

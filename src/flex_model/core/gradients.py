@@ -219,9 +219,11 @@ def _edit_gradient(
     whole = plain(grad)
     local = whole if rows is None else rows.take(whole)
     given = local / scale if scale != 1 else local
-    if rows is None and (part := run_on_part(bound, runtime.context, given, layout)) is not None:
-        return like(part * scale if scale != 1 else part, grad)
     runtime.backward.edited = runtime.backward.edited or not bound.alike
+    if rows is None:
+        part = run_on_part(bound, runtime.context, given, layout, Call(call.index, call.microbatch))
+        if part is not None:
+            return like(part * scale if scale != 1 else part, grad)
     runtime.context.even_axes = frozenset()
     experts = whole_experts(runtime, layout, rows) if bound.wants_call else None
     description = Call(call.index, call.microbatch, experts=experts)

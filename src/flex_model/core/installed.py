@@ -36,6 +36,7 @@ class Installed:
         self.runtime = runtime
         self.enabled: tuple[Bound, ...] = ()
         self.describes = False  # whether an edit asks about its call
+        self.concern_others = False  # whether ranks have anything to tell one another of those that are on
         self.wanted: tuple[dict[tuple[str, str, str, bool], nn.Module], ...] = ({}, {})
         self.uneven = False  # ranks may meet hooks unequally often: rows at experts are where tokens have chosen them
         self.stale = False
@@ -74,7 +75,8 @@ class Installed:
         self.runtime.hooks_mark = ""
         now = self._set_of(b for b in self.runtime.bounds if b.enabled)
         self.enabled, self.describes, self.wanted = now.bounds, now.describes, now.wanted
-        self.runtime.outbox.owed |= now.concerns_others
+        self.concern_others = now.concern_others
+        self.runtime.outbox.owed |= now.concern_others
         entries = now.entries if self.enabled and self.runtime.active is None else []
         self._step_aside(now)
         outside: Callable[..., Any] = torch.compiler.disable if "torch._dynamo" in sys.modules else _as_it_is
@@ -93,7 +95,7 @@ class Installed:
         self.runtime.stopping.put_on()
 
     def _set_of(self, bounds: Iterable[Bound]) -> Set:
-        return self.sets.of(tuple(bounds), self._make_set)
+        return self.sets.of(bounds, self._make_set)
 
     def _make_set(self, bounds: tuple[Bound, ...]) -> Set:
         around = {id(m): m for name in {b.name for b in bounds} for m in self.around(name)}

@@ -62,7 +62,7 @@ class Outbox:
     def _point(self, edited: bool) -> None:
         mesh = self.runtime.mesh
         data = self.owed and any(a.kind == "data" for a in mesh.axes)
-        self.owed = any(b.concerns_others for b in self.runtime.installed.enabled)
+        self.owed = self.runtime.installed.concern_others
         first = new = bool(self.claims)
         # On tensor axes alone all ranks run the same code on the same data, so that they ask alike without asking.
         uneven = self.runtime.installed.uneven

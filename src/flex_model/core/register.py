@@ -71,7 +71,7 @@ def bind(
         takes_value_only=edit is not None and edit.value_only,
         may_write=hook.editing_function is not None
         and (hook_type not in ("forward", "forward_pre") or may_write(hook.editing_function)),
-        alike=hook.run == "sharded" and getattr(hook.editing_function, "alike", False),
+        alike=fails_alike(runtime, hook, module),
         on_part=_on_part(hook),
         deliver=deliver,
         selection=selection,
@@ -81,6 +81,12 @@ def bind(
         temporary=temporary,
         since=runtime.calls,
     )
+
+
+def fails_alike(runtime: Runtime, hook: HookFunction, module: Any) -> bool:
+    """Whether the edit fails on all ranks of the model or on none: all of them make it, and of the same things."""
+    everywhere = runtime.whole is runtime.mesh and runtime.engines.row_source(module) is None
+    return everywhere and hook.run == "sharded" and getattr(hook.editing_function, "alike", False)
 
 
 def _on_part(hook: HookFunction) -> Any:

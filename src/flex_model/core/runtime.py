@@ -34,7 +34,7 @@ from flex_model.core.installed import Installed
 from flex_model.core.naming.names import Names
 from flex_model.core.outbox import Outbox
 from flex_model.core.ragged import merge
-from flex_model.core.register import on_mesh
+from flex_model.core.register import fails_alike, on_mesh
 from flex_model.core.save_ctx import SaveContext
 from flex_model.core.stages.steps import Steps
 from flex_model.core.stopping import Stopping
@@ -144,6 +144,7 @@ class Runtime:
         self.inference = Inference(self.engines, self.mesh, list(self.names.places[""].values()))
         for bound in self.bounds:
             bound.source = None if bound.side == "param" else self.engines.row_source(bound.module)
+            bound.alike = fails_alike(self, bound.hook, bound.module)
         self.context = EditContext(self.mesh, self.save_ctx, self.modules, self.seed)
         if self.whole.axes:
             self.context.on_failure = self.outbox.status.note_failure

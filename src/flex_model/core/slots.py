@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +51,12 @@ class Set:
     wanted: tuple[dict[tuple[str, str, str, bool], nn.Module], ...]  # values whose layouts are needed; with gradients
     slots: list[Slot] | None = None  # None: not made yet
     describes: bool = field(init=False)  # an edit asks about its call
-    concerns_others: bool = field(init=False)
+    concern_others: bool = field(init=False)
     here: list[Bound] = field(init=False)  # not on another stage
 
     def __post_init__(self) -> None:
         self.describes = any(b.wants_call for b in self.bounds)
-        self.concerns_others = any(b.concerns_others for b in self.bounds)
+        self.concern_others = any(b.concerns_others for b in self.bounds)
         self.here = [b for b in self.bounds if b.module is not None]
 
 
@@ -66,7 +66,7 @@ class Sets:
     def __init__(self) -> None:
         self._kept: dict[tuple[Bound, ...], Set] = {}
 
-    def of(self, bounds: Sequence[Bound], make: Callable[[tuple[Bound, ...]], Set]) -> Set:
+    def of(self, bounds: Iterable[Bound], make: Callable[[tuple[Bound, ...]], Set]) -> Set:
         bounds = tuple(bounds)
         found = self._kept.pop(bounds, None)
         if found is None or not all(slot.fits for slot in found.slots or ()):

@@ -42,8 +42,7 @@ class Preset:
     (edits.scale(2.0), [2.0, 2.0])
 
     ``default_run`` is the run mode it has where none is given, and ``draws_random`` whether it draws random numbers.
-    ``takes_modules``: it edits with the trainable modules. ``alike``: it is made of numbers and tensors alone, so that
-    what fails on one rank fails on all. ``by_parts``: it can be made on a rank's own part as a plain tensor.
+    ``takes_modules``: it edits with the trainable modules.
     """
 
     def __init__(
@@ -61,8 +60,7 @@ class Preset:
         self.kind, self.arguments = kind, dict(arguments)
         self.default_run, self.draws_random, self.takes_modules = run, random, takes_modules
         self._edit, self._places = edit, places if places is not None and places.some else None
-        self.alike = not random and not takes_modules and self._places is None and _is_plain(self.arguments)
-        self.by_parts = by_parts and self.alike
+        self._by_parts = by_parts
         form = _of_everything if takes_modules else _of_the_value if self._places is None else _of_the_call
         self.__signature__ = inspect.signature(form)
         self.__qualname__ = f"edits.{kind}({', '.join(f'{k}={_told(v)}' for k, v in self.arguments.items())})"
@@ -76,6 +74,16 @@ class Preset:
             return new
         where = self._places.mask(x, call)
         return new if where is None else torch.where(where, new, x)
+
+    @property
+    def alike(self) -> bool:
+        """Made of numbers and tensors alone, so that what fails on one rank fails on all."""
+        return not (self.draws_random or self.takes_modules or self._places) and _is_plain(self.arguments)
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether it can be made on a rank's own part as a plain tensor."""
+        return self._by_parts and self.alike
 
     def on_part(self, x: Tensor, part: Part) -> Tensor:
         """The edit of ``x``, which is that ``part`` of the value. Raises NeedsTheWhole where that cannot be done."""
@@ -176,8 +184,6 @@ def compose(*edits: Callable[..., Any]) -> Preset:
     out = Composed("compose", {"edits": list(edits)}, edit, takes_modules=modules)
     out.default_run = "sharded" if runs == {"sharded"} else "every_rank"
     out.draws_random = any(e.draws_random for e in presets)
-    out.alike = all(e.alike for e in presets)
-    out.by_parts = all(e.by_parts for e in presets)
     out.__signature__ = inspect.signature(_of_everything if modules else _of_the_call)
     return out
 
@@ -187,6 +193,14 @@ class Composed(Preset):
         if self.takes_modules:
             return self._edit(given[1], given[3], call)
         return self._edit(given[0], None, call)
+
+    @property
+    def alike(self) -> bool:
+        return all(one.alike for one in self.arguments["edits"])
+
+    @property
+    def by_parts(self) -> bool:
+        return all(one.by_parts for one in self.arguments["edits"])
 
     def on_part(self, x: Tensor, part: Part) -> Tensor:
         for one in self.arguments["edits"]:

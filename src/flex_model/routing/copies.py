@@ -67,16 +67,16 @@ class Copies:
         return out
 
     def _clone(self, tensor: Tensor) -> Tensor:
-        if type(tensor) is not Tensor or tensor.nbytes < LARGE or tensor.is_cuda:
+        if not _is_ordinary(tensor) or tensor.nbytes < LARGE:
             return tensor.clone()
-        return self._memory.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+        return self._memory.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
     def take_to_place(self, tensor: Tensor, layout: Layout, mesh: ModelMesh) -> tuple[Tensor, Tensor] | None:
         """A copy of this rank's shard, and the full tensor that it is a view of; None where the full tensor's size is
         not known yet, or it would lie on an accelerator before anybody needs it there."""
         if not layout.moving_axes or any(layout.ragged) or not layout.has_places:
             return None
-        if type(tensor) is not Tensor or tensor.device.type != "cpu":
+        if not _is_ordinary(tensor):
             return None
         shape = list(tensor.shape)
         for axis, placement in enumerate(layout.placements):
@@ -117,3 +117,9 @@ class Copies:
             stream.synchronize()
         self._used.clear()
         self._leaving.clear()
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether it is numbers one beside the other in memory of the host."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+    return plain and tensor.device.type == "cpu"

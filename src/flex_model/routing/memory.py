@@ -33,7 +33,7 @@ class Memory:
 
     def __init__(self, room: int = _ROOM) -> None:
         self._room = room
-        self._free: list[Tensor] = []  # the oldest first
+        self._free: dict[int, Tensor] = {}  # by address, the oldest first
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """A tensor that holds anything. Its memory comes back by itself, when the last view of it is gone."""
@@ -47,12 +47,13 @@ class Memory:
             return torch.frombuffer(lent, dtype=dtype).view(tuple(shape))
 
     def _take(self, size: int) -> Tensor:
-        for i in reversed(range(len(self._free))):  # the last to come back may still be in the cache
-            if self._free[i].numel() == size:
-                return self._free.pop(i)
+        for where, block in reversed(list(self._free.items())):  # the last to come back may still be in the cache
+            if block.numel() == size and self._free.pop(where, None) is not None:
+                return block
         return torch.empty(size, dtype=torch.uint8)
 
     def _take_back(self, block: Tensor) -> None:
-        self._free.append(block)
-        while sum(b.numel() for b in self._free) > self._room:
-            self._free.pop(0)
+        """May be called from anywhere, also from within ``_take``: by the garbage collector."""
+        self._free[block.data_ptr()] = block
+        while sum(b.numel() for b in list(self._free.values())) > self._room:
+            self._free.pop(next(iter(self._free)), None)
