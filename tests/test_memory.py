@@ -96,6 +96,20 @@ def test_captures_of_one_process_are_copies_also_when_memory_is_used_again() -> 
     assert places[0] == places[1] and len(places[0]) == 3
 
 
+def test_large_captures_of_what_is_compiled_with_its_hooks() -> None:
+    torch.compiler.reset()
+    linear, output = nn.Linear(64, 64), {}
+    model = nn.Sequential(linear)
+    fm, x = FlexModel(model, output), torch.randn(LARGE // 256, 64)
+    fm.register_forward_hook(HookFunction("0"))
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for _ in range(3):
+            output.clear()
+            compiled(x)
+            assert len(output["0"]) == 1 and torch.equal(output["0"][0], linear.forward(x))
+
+
 def test_what_is_not_numbers_side_by_side_is_cloned_by_torch() -> None:
     copies = Copies(Memory())
     scaled = torch.quantize_per_tensor(torch.randn(SIZE * 4), 0.1, 0, torch.qint8)

@@ -78,7 +78,7 @@ def _capture(runtime: Runtime, point: Point, bound: Bound) -> Hook:
         if call is None or type(output) is not Tensor:
             return point.on_output(module, args, output)
         bound.fired += 1
-        small = stays and output.nbytes < LARGE
+        small = stays and output.numel() < LARGE // 4  # of float32; the compiler meets this, and knows no nbytes
         call.staged.append(Staged(bound, key, output.detach().clone() if small else copies.take(output, device)))
         return None
 

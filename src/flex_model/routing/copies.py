@@ -67,8 +67,8 @@ class Copies:
         return out
 
     def _clone(self, tensor: Tensor) -> Tensor:
-        if not _is_ordinary(tensor) or tensor.nbytes < LARGE:
-            return tensor.clone()
+        if tensor.numel() * tensor.itemsize < LARGE or torch.compiler.is_compiling() or not _is_ordinary(tensor):
+            return tensor.clone()  # the compiler cannot follow memory that comes back by itself
         return self._memory.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
     def take_to_place(self, tensor: Tensor, layout: Layout, mesh: ModelMesh) -> tuple[Tensor, Tensor] | None:
@@ -76,7 +76,7 @@ class Copies:
         not known yet, or it would lie on an accelerator before anybody needs it there."""
         if not layout.moving_axes or any(layout.ragged) or not layout.has_places:
             return None
-        if not _is_ordinary(tensor):
+        if torch.compiler.is_compiling() or not _is_ordinary(tensor):
             return None
         shape = list(tensor.shape)
         for axis, placement in enumerate(layout.placements):
